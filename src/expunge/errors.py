@@ -1,0 +1,111 @@
+"""Errors are sentences for users: what was asked, what was found, what to do. Each class has a code explained in docs/errors.md."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ExpungeError(Exception):
+    """A mistake the user can mend. The command line prints it in one line and exits with status 2."""
+
+    code = "E000"
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class RequestError(ExpungeError):
+    """The request file is missing, malformed or contradicts itself."""
+
+    code = "E100"
+
+
+class RowError(ExpungeError):
+    """A data file or one of its rows is not what the request says."""
+
+    code = "E110"
+
+
+class SubjectError(ExpungeError):
+    """The model folder cannot be read or the model cannot be used."""
+
+    code = "E200"
+
+
+class MismatchError(ExpungeError):
+    """Two things that must belong together do not: another tokenizer, another base, other rows."""
+
+    code = "E210"
+
+
+class ScopeError(ExpungeError):
+    """The scope is malformed or matches nothing that can move."""
+
+    code = "E300"
+
+
+class UnknownNameError(ExpungeError):
+    """No part (method, attack, metric, benchmark) has this name."""
+
+    code = "E310"
+
+
+class ParameterError(ExpungeError):
+    """A part was given a parameter it does not have, or a value of the wrong kind."""
+
+    code = "E320"
+
+
+class CardError(ExpungeError):
+    """A part describes itself inconsistently."""
+
+    code = "E330"
+
+
+class AccessError(ExpungeError):
+    """An attack needs more access to the model than the subject gives."""
+
+    code = "E340"
+
+
+class TrainingError(ExpungeError):
+    """The optimisation broke: a loss that is not finite, nothing that receives a gradient."""
+
+    code = "E400"
+
+
+class TableError(ExpungeError):
+    """A table of scores or generations lacks what a metric needs."""
+
+    code = "E410"
+
+
+class DeltaError(ExpungeError):
+    """A delta cannot be read, or does not fit the base it is applied to."""
+
+    code = "E420"
+
+
+class OutputError(ExpungeError):
+    """The output folder cannot be written or holds another run."""
+
+    code = "E500"
+
+
+class LedgerError(ExpungeError):
+    """The ledger cannot be read or written, or its chain is broken."""
+
+    code = "E510"
+
+
+def nearest(name: str, names: Iterable[str], limit: int = 3) -> list[str]:
+    """The valid names that look most like `name`."""
+    return difflib.get_close_matches(str(name), list(names), n=limit, cutoff=0.45)
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """A sentence that helps with a wrong name: the nearest valid ones, or all of them where none is near."""
+    names = sorted(names)
+    near = nearest(name, names)
+    return f"Did you mean {' or '.join(near)}?" if near else f"Valid: {', '.join(names) or 'none'}."
