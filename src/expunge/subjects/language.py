@@ -1,0 +1,629 @@
+"""Causal language models: any `AutoModelForCausalLM` folder or hub id, dense or mixture of experts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import RowError, SubjectError
+from ..registry import subject
+from ..rows import Row
+from ..tables.generations import Generations
+from ..tables.scores import COLUMNS, Key, Scores
+from ..tables.store import content_key
+from .packed import Encoded, Pack, batches, pack, packed_attention
+
+Progress = Callable[[int, int], None]
+
+TOKEN_BUDGET = 4096
+"""Tokens fed in one pass without gradients."""
+LOGIT_ELEMENTS = 1 << 22
+"""Logits held at once (16 MiB in fp32): a chunk stays in cache while its statistics are taken."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How question and answer become text when the tokenizer brings no chat template."""
+
+    prompt: str = "Question: {question}\nAnswer:"
+    separator: str = " "
+
+
+class _States:
+    """A decoder's output with nothing but its last hidden states; whatever else a head asks for is None."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+class _PassThrough(nn.Module):
+    """Stands in for the decoder, so that a model's own code turns hidden states into logits (caps, scales and all)."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _States:
+        return _States(inputs_embeds)
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer and the operations that methods, metrics and attacks use.
+
+    The weights are never changed by an operation. `model` is in evaluation mode throughout: objectives compare with
+    stored references, so dropout stays off while gradients flow.
+    """
+
+    modality = "language"
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str = "model", template: Template | None = None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template = template or Template()
+        self._mode: str | None = None
+
+    # --- loading, saving, identity ---------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        template: Template | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> LanguageModel:
+        """Load a Hugging Face model folder or hub id.
+
+        Args:
+            dtype: "float32", "bfloat16" ...; None keeps the stored one.
+
+        Raises:
+            SubjectError: no such model, weights that are missing, not finite or only pickled, no tokenizer.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        name = str(path)
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise SubjectError(f"model {name} is a file; expected a folder with config.json and *.safetensors")
+        if folder.is_dir():
+            if not (folder / "config.json").is_file():
+                raise SubjectError(f"model folder {name} has no config.json; expected a Hugging Face model folder")
+            if not list(folder.glob("*.safetensors")):
+                pickled = next(iter([*folder.glob("*.bin"), *folder.glob("*.pt")]), None)
+                found = f"only {pickled.name}, which expunge never unpickles" if pickled else "none"
+                raise SubjectError(f"model folder {name} has no *.safetensors weights ({found})")
+        elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+            raise SubjectError(f"model folder {name} does not exist")
+        options = {"trust_remote_code": trust_remote_code}
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            wanted = "auto" if dtype is None else getattr(torch, dtype, None)
+            if wanted is None:
+                raise SubjectError(f"dtype {dtype!r} is not a torch type; expected float32, bfloat16 or float16")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+            )
+        except SubjectError:
+            raise
+        except Exception as error:  # transformers raises a dozen kinds here
+            raise SubjectError(f"model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        finally:
+            logging.set_verbosity(level)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise SubjectError(f"model {name}: {len(missing)} tensors are not in its files, first {missing[0]}")
+        for tensor_name, tensor in model.named_parameters():
+            if not torch.isfinite(tensor).all():
+                raise SubjectError(f"model {name}: tensor {tensor_name} holds values that are not finite")
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise SubjectError(f"model {name}: tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise SubjectError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        return cls(model, tokenizer, name, template)
+
+    def save(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face model folder (safetensors)."""
+        from ..files import complete_folder
+
+        with complete_folder(Path(folder)) as partial:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+
+    def with_model(self, model: nn.Module, name: str | None = None) -> LanguageModel:
+        """The same subject around other weights."""
+        made = LanguageModel(model, self.tokenizer, name or self.name, self.template)
+        made._mode = self._mode
+        return made
+
+    def copy(self) -> LanguageModel:
+        """An independent deep copy."""
+        return self.with_model(copy.deepcopy(self.model))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over configuration, template, vocabulary and weights."""
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _VOLATILE}
+        digest = hashlib.sha256(json.dumps([self.template.prompt, self.template.separator]).encode())
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        digest.update(str(getattr(self.tokenizer, "chat_template", None)).encode())
+        digest.update(weights_fingerprint(self.model).encode())
+        return digest.hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def context_length(self) -> int:
+        """Tokens the model can attend to."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+
+    # --- text to tokens --------------------------------------------------------------------------------------
+
+    def prompt_text(self, row: Row, prompt: str | None = None) -> str:
+        """The text fed before the answer, with the template and the generation prompt."""
+        question = row.prompt if prompt is None else prompt
+        if row.kind in ("completion", "text"):
+            return question
+        if getattr(self.tokenizer, "chat_template", None):
+            return self.tokenizer.apply_chat_template(
+                self._messages(row, question), add_generation_prompt=True, tokenize=False
+            )
+        return self.template.prompt.replace("{question}", question)
+
+    @staticmethod
+    def _messages(row: Row, question: str) -> list[dict[str, str]]:
+        turns = [{"role": role, "content": content} for role, content in row.messages]
+        if not turns:
+            return [{"role": "user", "content": question}]
+        return [*turns[:-1], {**turns[-1], "content": question}]
+
+    def _closing(self, row: Row, prompt_text: str, answer: str, question: str) -> str:
+        """What the template writes after an answer."""
+        if row.kind == "text":
+            return ""
+        if row.kind != "completion" and getattr(self.tokenizer, "chat_template", None):
+            turns = [*self._messages(row, question), {"role": "assistant", "content": answer}]
+            whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            if whole.startswith(prompt_text + answer):
+                return whole[len(prompt_text + answer) :].rstrip("\n")
+        return self.tokenizer.eos_token or ""
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character spans; special tokens are added unless the text brings them."""
+        bos = self.tokenizer.bos_token
+        brings = bool(bos) and text.startswith(bos)
+        encoded = self.tokenizer(text, add_special_tokens=not brings, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def encode(self, row: Row, *, answer: str | None = None, prompt: str | None = None) -> Encoded:
+        """Tokens of prompt and answer; which of them are scored follows from character offsets, never from ids.
+
+        Raises:
+            RowError: nothing is scored, the answer does not fit the context, or a token spans the boundary.
+        """
+        answer = row.answer if answer is None else answer
+        where = row.source or f"row {row.id}"
+        question = row.prompt if prompt is None else prompt
+        before = self.prompt_text(row, prompt)
+        separator = "" if before == "" or before[-1].isspace() or answer[:1].isspace() else self._separator(row)
+        body = before + separator + answer
+        ids, offsets = self._tokenize(body + self._closing(row, before, answer, question))
+        # A token that starts in the separator belongs to the answer: " Paris" is one token.
+        start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(before)), len(ids))
+        closing = sum(1 for first, stop in offsets if first >= len(body) and stop > first)
+        if before and start < len(ids) and offsets[start][0] < len(before) and offsets[start][1] > len(before):
+            token = body[slice(*offsets[start])]
+            raise RowError(
+                f"{where}: tokenising prompt and answer together moves the boundary (token {token!r} spans it); "
+                "add a separator to the template"
+            )
+        if not before:
+            start = max(start, 1)
+        if len(ids) > self.context_length:
+            raise RowError(
+                f"{where}: prompt and answer have {len(ids)} tokens, {len(ids) - start} of them in the answer; "
+                f"the model's context holds {self.context_length}. Shorten the row or split it."
+            )
+        if len(ids) - closing <= start:
+            raise RowError(f"{where}: the answer {answer!r} has no token that could be scored")
+        if start == 0:
+            raise RowError(f"{where}: the answer starts at position 0, there is nothing to predict it from")
+        return Encoded(tuple(ids), start, closing, answer)
+
+    def _separator(self, row: Row) -> str:
+        chat = row.kind not in ("completion", "text") and getattr(self.tokenizer, "chat_template", None)
+        return "" if chat or row.kind == "text" else self.template.separator
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        generation = getattr(self.model, "generation_config", None)
+        ids = getattr(generation, "eos_token_id", None)
+        found = set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        if self.tokenizer.eos_token_id is not None:
+            found.add(self.tokenizer.eos_token_id)
+        if getattr(self.tokenizer, "chat_template", None):
+            example = self.encode(Row(id="stop", prompt="a", answer="b"))
+            found.update(example.ids[len(example.ids) - example.closing :][:1])
+        return frozenset(found)
+
+    # --- passes ----------------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_decoder()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) of final hidden states (n, d), by the model's own code."""
+        return self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        decoder = self.decoder
+        path = next(name for name, module in self.model.named_modules() if module is decoder).split(".")
+        # Shallow copies along the path share every parameter with the model.
+        top = copy.copy(self.model)
+        at: nn.Module = top
+        for part in path[:-1]:
+            at._modules = dict(at._modules)
+            at._modules[part] = copy.copy(at._modules[part])
+            at = at._modules[part]  # type: ignore[assignment]
+        at._modules = dict(at._modules)
+        at._modules[path[-1]] = _PassThrough()
+        return top
+
+    @property
+    def mode(self) -> str:
+        """How rows are packed: families, mask or rows (see subjects/packed.py)."""
+        if self._mode is None:
+            self._mode = _choose_mode(self)
+        return self._mode
+
+    def hidden_states(self, pack_: Pack) -> Tensor:
+        """Final hidden states (answer tokens, d) at the positions that predict the pack's answer tokens.
+
+        Gradients flow where enabled. With activation checkpointing keep `packing(pack_)` open until backward is done.
+        """
+        if self.mode == "rows":
+            return torch.cat([self._row_states(row) for row in pack_.rows])
+        with self.packing(pack_):
+            return self.run_decoder(pack_)[pack_.predict]
+
+    @contextmanager
+    def packing(self, pack_: Pack) -> Iterator[None]:
+        if self.mode == "families":
+            with packed_attention(self.model, pack_):
+                yield
+        else:
+            yield
+
+    def run_decoder(self, pack_: Pack) -> Tensor:
+        """(tokens, d) states of every packed token, inside `packing`."""
+        mask = pack_.dense_mask(self.dtype) if self._mode == "mask" else None
+        output = self.decoder(input_ids=pack_.ids, position_ids=pack_.positions, attention_mask=mask, use_cache=False)
+        return output.last_hidden_state[0]
+
+    def _row_states(self, row: Encoded) -> Tensor:
+        ids = torch.tensor([row.ids[:-1]], device=self.device)
+        return self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, row.start - 1 :]
+
+    @torch.no_grad()
+    def score(
+        self, items: Sequence[tuple[Key, Encoded]], *, token_budget: int | None = None, progress: Progress | None = None
+    ) -> Scores:
+        """One teacher-forced pass over rows; every statistic of `Scores` comes from the same logits.
+
+        Args:
+            items: keys with their tokens; rows that share a prompt share its computation.
+            token_budget: tokens fed at once, `TOKEN_BUDGET` by default; the numbers do not depend on it.
+        """
+        rows = [row for _, row in items]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        order: list[int] = []
+        for group in batches(rows, token_budget or TOKEN_BUDGET):
+            pack_ = pack([rows[i] for i in group], self.device)
+            statistics = self.statistics(self.hidden_states(pack_), pack_.target)
+            for name, values in zip(("logprob", "hit", "mean", "variance"), statistics):
+                parts[name].append(values.cpu().numpy())
+            parts["token"].append(pack_.target.to(torch.int32).cpu().numpy())
+            parts["end"].append(
+                np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
+            )
+            order += group
+            if progress:
+                progress(len(order), len(rows))
+        lengths = [rows[i].scored for i in order]
+        table = Scores(
+            [items[i][0] for i in order],
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            *(np.concatenate(parts[name]) if parts[name] else np.zeros(0, _TYPES[name]) for name in COLUMNS),
+            [rows[i].text for i in order],
+            {"dtype": str(self.dtype), "subject": self.name},
+        )
+        back = np.argsort(order) if order else []
+        return table.take([int(i) for i in back])
+
+    def statistics(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(logprob, hit, mean, variance) per answer token; hidden (n, d), target (n,). Logits live in chunks only."""
+        size = max(1, LOGIT_ELEMENTS // self.vocabulary)
+        chunks = []
+        for states, tokens in zip(hidden.split(size), target.split(size)):
+            logits = self.head(states).float()
+            best = logits.argmax(-1)
+            logprobs = logits.log_softmax(-1)
+            probabilities = logprobs.exp()
+            picked = logprobs.gather(-1, tokens[:, None])[:, 0]
+            probabilities.mul_(logprobs)
+            mean = probabilities.sum(-1)
+            # -inf logits (masked vocabulary entries) give 0 * inf; they carry no probability.
+            if not torch.isfinite(mean).all():
+                probabilities.nan_to_num_(0.0)
+                logprobs = logprobs.nan_to_num(neginf=0.0)
+                mean = probabilities.sum(-1)
+            variance = torch.linalg.vecdot(probabilities, logprobs) - mean.square()
+            chunks.append((picked, best == tokens, mean, variance.clamp_min(0.0)))
+        if not chunks:
+            empty = hidden.new_zeros(0, dtype=torch.float32)
+            return empty, empty.bool(), empty, empty
+        return tuple(torch.cat(column) for column in zip(*chunks))  # type: ignore[return-value]
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    # --- decoding --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[tuple[tuple[str, str], str]],
+        *,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        samples: int = 1,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Generations:
+        """Continue each prompt (text as `prompt_text` gives it), greedily at temperature 0.
+
+        Prompts of one length decode together, samples of one prompt share its cache, finished rows leave at once. What
+        is sampled depends on seed and prompt alone, not on the batch.
+        """
+        tokens = [self._prompt_ids(text, key) for key, text in prompts]
+        for ids, (key, _) in zip(tokens, prompts):
+            if len(ids) + max_new_tokens > self.context_length:
+                raise RowError(
+                    f"row {key[0]} ({key[1]}): prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit the "
+                    f"model's context of {self.context_length}"
+                )
+        texts: list[list[str]] = [[] for _ in prompts]
+        stopped: list[list[bool]] = [[] for _ in prompts]
+        by_length: dict[int, list[int]] = {}
+        for index, ids in enumerate(tokens):
+            by_length.setdefault(len(ids), []).append(index)
+        done = 0
+        for length in sorted(by_length):
+            step = max(1, TOKEN_BUDGET * 4 // (length + max_new_tokens) // samples)
+            members = by_length[length]
+            for first in range(0, len(members), step):
+                group = members[first : first + step]
+                noise = None
+                if temperature > 0:
+                    noise = torch.stack([_noise(seed, prompts[i][1], samples, max_new_tokens) for i in group])
+                rows = self._decode([tokens[i] for i in group], max_new_tokens, temperature, samples, noise)
+                for place, index in enumerate(group):
+                    outputs = rows[place * samples : (place + 1) * samples]
+                    decoded = self.tokenizer.batch_decode([ids for ids, _ in outputs], skip_special_tokens=True)
+                    texts[index] = [text.strip() for text in decoded]
+                    stopped[index] = [ended for _, ended in outputs]
+                done += len(group)
+                if progress:
+                    progress(done, len(prompts))
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples, "seed": seed}
+        return Generations(
+            [key for key, _ in prompts],
+            [text for _, text in prompts],
+            texts,
+            stopped,
+            {**settings, "dtype": str(self.dtype), "subject": self.name},
+        )
+
+    def _prompt_ids(self, text: str, key: tuple[str, str]) -> list[int]:
+        ids, offsets = self._tokenize(text)
+        # Tokenizers that close every text with an end token would have the model continue after the end.
+        while ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1] and len(ids) > 1:
+            ids, offsets = ids[:-1], offsets[:-1]
+        if not ids:
+            raise RowError(f"row {key[0]} ({key[1]}): the prompt is empty, there is nothing to continue")
+        return ids
+
+    def _decode(
+        self, prompts: list[list[int]], limit: int, temperature: float, samples: int, noise: Tensor | None
+    ) -> list[tuple[list[int], bool]]:
+        from transformers import DynamicCache
+
+        stops = torch.tensor(sorted(self.stop_ids), device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor(prompts, device=self.device)
+        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+            logits = logits.repeat_interleave(samples, dim=0)
+        count = len(prompts) * samples
+        alive = torch.arange(count, device=self.device)
+        written = torch.full((count, limit), -1, dtype=torch.long, device=self.device)
+        ended = torch.zeros(count, dtype=torch.bool, device=self.device)
+        if noise is not None:
+            noise = noise.reshape(count, limit).to(self.device)
+        for step in range(limit):
+            if noise is None:
+                token = logits.argmax(-1)
+            else:
+                cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+                threshold = noise[alive, step][:, None] * cumulative[:, -1:]
+                token = torch.searchsorted(cumulative, threshold).clamp_max(logits.shape[-1] - 1)[:, 0]
+            finished = torch.isin(token, stops)
+            written[alive, step] = token.masked_fill(finished, -1)
+            ended[alive[finished]] = True
+            if step + 1 == limit or finished.all():
+                break
+            if finished.any():
+                keep = (~finished).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, token = alive[keep], token[keep]
+            logits = self.model(
+                input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+        return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
+
+    # --- hidden states ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def hidden(self, prompts: Sequence[str]) -> Tensor:
+        """Residual stream at the last prompt token, (n, blocks + 1, d) in float32.
+
+        Entry i is the input of block i, the last entry the output of the last block, before the final norm.
+        """
+        from .anatomy import anatomy
+
+        blocks = [block.module for block in anatomy(self.model).blocks]
+        seen: dict[int, Tensor] = {}
+
+        def entering(index: int) -> Callable[..., None]:
+            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                seen[index] = arguments[0] if arguments else named["hidden_states"]
+
+            return hook
+
+        def leaving(_: nn.Module, __: Any, output: Any) -> None:
+            seen[len(blocks)] = output[0] if isinstance(output, tuple) else output
+
+        handles = [block.register_forward_pre_hook(entering(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        handles.append(blocks[-1].register_forward_hook(leaving))
+        ids = [self._prompt_ids(text, (str(number), "hidden")) for number, text in enumerate(prompts)]
+        by_length: dict[int, list[int]] = {}
+        for index, tokens in enumerate(ids):
+            by_length.setdefault(len(tokens), []).append(index)
+        found = torch.zeros(len(prompts), len(blocks) + 1, 0)
+        try:
+            for length, members in by_length.items():
+                for group in torch.tensor(members).split(max(1, TOKEN_BUDGET // length)):
+                    batch = torch.tensor([ids[i] for i in group.tolist()], device=self.device)
+                    self.decoder(input_ids=batch, use_cache=False)
+                    states = torch.stack([seen[i][:, -1].float() for i in range(len(blocks) + 1)], dim=1).cpu()
+                    if not found.shape[-1]:
+                        found = torch.zeros(len(prompts), len(blocks) + 1, states.shape[-1])
+                    found[group] = states
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @torch.no_grad()
+    def lens(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) in float32 of residual-stream states (..., d): final norm, then head."""
+        from .anatomy import anatomy
+
+        norm = anatomy(self.model).final_norm
+        flat = hidden.reshape(-1, hidden.shape[-1]).to(self.device, self.dtype)
+        if norm is not None:
+            flat = norm[1](flat)
+        return self.head(flat).float().reshape(*hidden.shape[:-1], -1)
+
+
+_VOLATILE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+"""Configuration entries that change when a model is saved and loaded, and change nothing it computes."""
+
+_TYPES = {
+    "token": np.int32,
+    "logprob": np.float32,
+    "hit": bool,
+    "mean": np.float32,
+    "variance": np.float32,
+    "end": bool,
+}
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes, types and bytes of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        data = tensor.detach().cpu().contiguous()
+        digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def _noise(seed: int, prompt: str, samples: int, limit: int) -> Tensor:
+    """(samples, limit) uniform numbers that depend on seed and prompt only."""
+    generator = torch.Generator().manual_seed(int(content_key(seed, prompt)[:15], 16))
+    return torch.rand(samples, limit, generator=generator)
+
+
+@torch.no_grad()
+def _choose_mode(model: LanguageModel) -> str:
+    """The first packing whose states equal those of plain passes on rows that share prompts and a beginning."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.vocabulary
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, vocabulary, (count,), generator=generator).tolist())
+
+    common, first, second = draw(9), draw(4), draw(3)
+    rows = [
+        Encoded(common + first + draw(3), 13, 0, ""),
+        Encoded(common + first + draw(4), 13, 0, ""),
+        Encoded(common + second + draw(2), 12, 0, ""),
+    ]
+    plain = torch.cat([model._row_states(row) for row in rows]).float()
+    pack_ = pack(rows, model.device)
+    tolerance = (1e-4 if model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
+    for mode in ("families", "mask"):
+        model._mode = mode
+        try:
+            states = model.hidden_states(pack_).float()
+        except Exception:  # any failure means that this model does not take rows packed this way
+            continue
+        if states.shape == plain.shape and float((states - plain).abs().max()) <= tolerance:
+            return mode
+    return "rows"
+
+
+@subject(modality=("language",))
+def language(source: str, *, dtype: str = "", device: str = "") -> LanguageModel:
+    """Any causal language model that transformers loads, dense or mixture of experts."""
+    return LanguageModel.load(source, dtype=dtype or None, device=device or None)
