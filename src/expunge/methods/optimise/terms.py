@@ -1,0 +1,144 @@
+"""What objectives are made of: the quantities of a step, and the few shapes that forget and retain terms have.
+
+Shapes: T answer tokens of a side, n rows, d hidden size, V vocabulary. All terms are minimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+RetainTerm = Literal["none", "nll", "kl"]
+"""none; nll: likelihood of retain answers (GDR); kl: stay with the start model on them (KLR)."""
+
+Alternatives = Literal["refusal", "perturbed"]
+"""What preference methods prefer to the forgotten answer: a refusal, or one of the row's perturbed answers."""
+
+LOGIT_ELEMENTS = 1 << 24
+"""Logits held at once with gradients (64 MiB in fp32); more are recomputed chunk by chunk in the backward pass."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Side:
+    """The rows of one kind in a step. Only answer tokens, never padding; rows in drawing order."""
+
+    hidden: Tensor
+    """(T, d) final hidden states at the positions that predict the answer tokens."""
+    target: Tensor
+    """(T,) the answer tokens."""
+    row: Tensor
+    """(T,) row of each token, 0 ... n - 1."""
+    count: int
+    """n"""
+    head: Head
+    frozen_head: Head
+    """The start model's head: the same one unless the scope moves it."""
+    vocabulary: int
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def length(self) -> Tensor:
+        """(n,) answer tokens of each row."""
+        return torch.bincount(self.row, minlength=self.count)
+
+    @cached_property
+    def token_logprob(self) -> Tensor:
+        """(T,) log-probability of each answer token, fp32."""
+        return chunked(lambda h, t: token_logprob(self.head, h, t), self.hidden, self.target, self.vocabulary)
+
+    @cached_property
+    def logprob(self) -> Tensor:
+        """(n,) log-probability of each row's whole answer."""
+        return self.sum_rows(self.token_logprob)
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """(T,) -> (n,)"""
+        return values.new_zeros(self.count).index_add(0, self.row, values)
+
+    @property
+    def reference_tokens(self) -> Tensor:
+        """(T,) log-probabilities under the start model."""
+        return self.constants["reference_tokens"]
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """(n,) log-probability of each row's whole answer under the start model."""
+        return self.sum_rows(self.reference_tokens)
+
+    @property
+    def reference_hidden(self) -> Tensor:
+        """(T, d) final hidden states of the start model."""
+        return self.constants["reference_hidden"]
+
+
+@dataclass
+class Step:
+    """One optimiser step as an objective sees it."""
+
+    sides: dict[str, Side]
+    index: int
+    total: int
+
+    @property
+    def forget(self) -> Side:
+        return self.sides["forget"]
+
+    @property
+    def retain(self) -> Side:
+        return self.sides["retain"]
+
+    @property
+    def alternative(self) -> Side:
+        """What is to be said instead, row by row beside `forget`."""
+        return self.sides["alternative"]
+
+    def retain_term(self, kind: RetainTerm) -> Tensor | float:
+        """The term that keeps what must be kept; 0 for `none`."""
+        if kind == "nll":
+            return negative_log_likelihood(self.retain)
+        return divergence(self.retain) if kind == "kl" else 0.0
+
+
+def negative_log_likelihood(side: Side) -> Tensor:
+    """Mean over answer tokens of -l."""
+    return -side.token_logprob.mean()
+
+
+def weighted_likelihood(side: Side, weight: Tensor) -> Tensor:
+    """Mean over answer tokens of w l, with w held constant: pushes each token down by its own weight."""
+    return (weight.detach() * side.token_logprob).mean()
+
+
+def divergence(side: Side) -> Tensor:
+    """Mean over answer tokens of KL(start model || model), the start model from its stored hidden states."""
+
+    def tokens(hidden: Tensor, reference: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = side.frozen_head(reference).float().log_softmax(-1)
+        return (wanted.exp() * (wanted - side.head(hidden).float().log_softmax(-1))).sum(-1)
+
+    return chunked(tokens, side.hidden, side.reference_hidden, side.vocabulary).mean()
+
+
+def chunked(function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, other: Tensor, vocabulary: int) -> Tensor:
+    """`function` over chunks of tokens, so that (T, V) is never held whole: (T, d), (T, ...) -> (T,)."""
+    size = max(1, LOGIT_ELEMENTS // vocabulary)
+    if len(hidden) <= size:
+        return function(hidden, other)
+    parts = zip(hidden.split(size), other.split(size))
+    if not torch.is_grad_enabled():
+        return torch.cat([function(h, o) for h, o in parts])
+    return torch.cat([checkpoint(function, h, o, use_reentrant=False) for h, o in parts])  # type: ignore[misc]
+
+
+def token_logprob(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
+    """(T,) fp32 log-probabilities of the targets."""
+    return -torch.nn.functional.cross_entropy(head(hidden).float(), target, reduction="none")
