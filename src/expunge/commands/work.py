@@ -1,0 +1,218 @@
+"""`expunge demo`, `run`, `plan`, `audit`, `compare`: the work itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .catalogue import Json, Plugins, load_plugins
+from .console import assignments, progressing, remark, say, say_json, say_table
+
+if TYPE_CHECKING:
+    from ..evidence import Evidence
+
+NOT_MET = 3
+"""Exit code of --require."""
+VERDICTS = ("not_forgotten", "suppressed", "removed_under_tested_attacks", "no_recovery_found", "inconclusive")
+
+RequestFile = Annotated[Path, typer.Argument(help="The request file, YAML or JSON; `expunge schema` describes it.")]
+Method = Annotated[str | None, typer.Option(help="Another method than the request's.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A parameter of the method (beta=0.2) or, with a dot, a field of the request (training.epochs=3).",
+        show_default=False,
+    ),
+]
+Scope = Annotated[str | None, typer.Option(help="Which weights may move, e.g. role:mlp_out@5-7.", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Folder for delta, tables and report.", show_default=False)]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require", help="Exit with status 3 unless the verdict is this one (or one of several).", show_default=False
+    ),
+]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the world and the report.")] = Path("runs/demo"),
+    method: Method = None,
+    json: Json = False,
+) -> None:
+    """Forget some people of an invented world, and prove it.
+
+    Builds the world and its models, changes the model, attacks the result, writes the report. Offline, in minutes.
+    """
+    from .. import world
+    from ..request import load
+    from ..run import run as carry_out
+
+    with progressing(json) as progress:
+        world.build(out / "world", progress=progress and progress.phase("build the world"))
+        request = load(out / "world" / "request.yaml")
+        evidence = carry_out(request, out=out / "report", method=method, progress=progress)
+    _tell(evidence, out / "report", json)
+
+
+def run(
+    request: RequestFile,
+    method: Method = None,
+    set_: Set = None,
+    scope: Scope = None,
+    out: Out = None,
+    plugin: Plugins = None,
+    save_model: Annotated[
+        bool, typer.Option("--save-model", help="Also write the changed model as a model folder.")
+    ] = False,
+    require: Require = None,
+    json: Json = False,
+) -> int:
+    """Carry out a request: change, attack, judge, report.
+
+    The same command goes on where a killed or interrupted one stopped.
+    """
+    from ..request import load
+    from ..run import run as carry_out
+
+    load_plugins(plugin)
+    _known_verdicts(require)
+    settings, fields = _split(set_)
+    with progressing(json) as progress:
+        read = load(request, fields)
+        folder = out or _folder(read)
+        evidence = carry_out(read, out=folder, method=method, settings=settings, scope=scope, progress=progress)
+        if save_model:
+            _save_model(read, folder)
+    _tell(evidence, folder, json)
+    return _met(evidence, require)
+
+
+def plan(
+    request: RequestFile,
+    method: Method = None,
+    set_: Set = None,
+    scope: Scope = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> None:
+    """Say what a run will need before anything starts.
+
+    Trainable parameters, tokens, FLOPs, peak memory, time on this machine, and the passes of the audit.
+    """
+    from .. import plan as planning
+    from ..request import load
+
+    load_plugins(plugin)
+    settings, fields = _split(set_)
+    with progressing(json):
+        made = planning.plan(load(request, fields), method=method, settings=settings, scope=scope)
+    if json:
+        say_json(asdict(made))
+        return
+    say(made.title)
+    for title, rows in made.tables():
+        say()
+        say_table([title, "", ""], rows)
+
+
+def audit(
+    model: Annotated[
+        str, typer.Argument(help="Model that is said to have forgotten: folder or hub id, or a run's folder.")
+    ],
+    request: Annotated[Path, typer.Option(help="Request file that names what should be gone.")],
+    gold: Annotated[
+        list[str] | None, typer.Option("--gold", help="Model retrained without the forget rows.", show_default=False)
+    ] = None,
+    original: Annotated[str | None, typer.Option(help="The model before.", show_default=False)] = None,
+    out: Out = None,
+    set_: Set = None,
+    plugin: Plugins = None,
+    require: Require = None,
+    json: Json = False,
+) -> int:
+    """Attack and judge a model that is said to have forgotten."""
+    from ..request import load
+    from ..run import audit_model
+
+    load_plugins(plugin)
+    _known_verdicts(require)
+    _, fields = _split(set_)
+    read = load(request, fields)
+    folder = out or _folder(read)
+    with progressing(json) as progress:
+        evidence = audit_model(model, request=read, gold=gold, original=original, out=folder, progress=progress)
+    _tell(evidence, folder, json)
+    return _met(evidence, require)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs.")],
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Set runs side by side: a table and the frontier plot."""
+    from ..evidence import Evidence
+    from ..report import compare as comparison
+
+    if len(runs) < 2:
+        raise typer.BadParameter(f"compare needs the folders of at least two runs, found only {runs[0]}.")
+    found = [Evidence.load(folder / "evidence.json") for folder in runs]
+    folder = out or Path("runs/comparison")
+    paths = comparison.write(found, folder)
+    rows = [
+        [str(run), e.method.get("name", ""), e.verdict.verdict, ", ".join(e.verdict.flags)]
+        for run, e in zip(runs, found)
+    ]
+    if json:
+        say_json({"runs": [dict(zip(("folder", "method", "verdict", "flags"), row)) for row in rows], "files": paths})
+        return
+    say_table(["run", "method", "verdict", "flags"], rows)
+    remark(f"comparison in {folder}")
+
+
+def _folder(request: Any) -> Path:
+    return Path(request.out) if request.out else Path("runs") / request.name
+
+
+def _split(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """--set values: (parameters of the method, fields of the request by dotted name)."""
+    given = assignments(pairs or [])
+    return ({k: v for k, v in given.items() if "." not in k}, {k: v for k, v in given.items() if "." in k})
+
+
+def _known_verdicts(wanted: list[str] | None) -> None:
+    from ..errors import UnknownNameError, suggest
+
+    for name in wanted or []:
+        if name not in VERDICTS:
+            raise UnknownNameError(f"--require: no verdict is called {name!r}. {suggest(name, VERDICTS)}")
+
+
+def _met(evidence: Evidence, wanted: list[str] | None) -> int:
+    if not wanted or evidence.verdict.verdict in wanted:
+        return 0
+    remark(f"--require not met: the verdict is {evidence.verdict.verdict}, wanted {' or '.join(wanted)}")
+    return NOT_MET
+
+
+def _tell(evidence: Evidence, folder: Path, json: bool) -> None:
+    """The verdict and where the report is."""
+    verdict = evidence.verdict
+    if json:
+        say_json({"out": folder, **asdict(evidence)})
+        return
+    flags = f" [{', '.join(verdict.flags)}]" if verdict.flags else ""
+    say(f"verdict: {verdict.verdict}{flags}")
+    say(verdict.because)
+    say(f"report: {folder / 'report.html'}")
+
+
+def _save_model(request: Any, folder: Path) -> None:
+    from ..deltas import Delta
+    from ..run import load_subject
+
+    Delta.load(folder / "delta").apply(load_subject(request)).save(folder / "model")
