@@ -193,15 +193,23 @@ class LanguageModel:
     # --- text to tokens --------------------------------------------------------------------------------------
 
     def prompt_text(self, row: Row, prompt: str | None = None) -> str:
-        """The text fed before the answer, with the template and the generation prompt."""
-        question = row.prompt if prompt is None else prompt
+        """The text fed before the answer, with the template and the generation prompt.
+
+        Spaces at its end are left to the answer, whose first token they belong to.
+        """
+        return self._asked(row, row.prompt if prompt is None else prompt).rstrip(" ")
+
+    def _asked(self, row: Row, question: str) -> str:
         if row.kind in ("completion", "text"):
             return question
-        if getattr(self.tokenizer, "chat_template", None):
+        if self._chats(row):
             return self.tokenizer.apply_chat_template(
                 self._messages(row, question), add_generation_prompt=True, tokenize=False
             )
         return self.template.prompt.replace("{question}", question)
+
+    def _chats(self, row: Row) -> bool:
+        return row.kind not in ("completion", "text") and bool(getattr(self.tokenizer, "chat_template", None))
 
     @staticmethod
     def _messages(row: Row, question: str) -> list[dict[str, str]]:
@@ -210,16 +218,21 @@ class LanguageModel:
             return [{"role": "user", "content": question}]
         return [*turns[:-1], {**turns[-1], "content": question}]
 
-    def _closing(self, row: Row, prompt_text: str, answer: str, question: str) -> str:
-        """What the template writes after an answer."""
+    def _frame(self, row: Row, question: str, answer: str) -> tuple[str, str]:
+        """What stands between prompt and answer, and what closes the answer."""
+        asked = self._asked(row, question)
+        spaces = asked[len(asked.rstrip(" ")) :]
         if row.kind == "text":
-            return ""
-        if row.kind != "completion" and getattr(self.tokenizer, "chat_template", None):
+            return spaces, ""
+        end = self.tokenizer.eos_token or ""
+        if self._chats(row):
             turns = [*self._messages(row, question), {"role": "assistant", "content": answer}]
             whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            if whole.startswith(prompt_text + answer):
-                return whole[len(prompt_text + answer) :].rstrip("\n")
-        return self.tokenizer.eos_token or ""
+            separator, found, closing = whole[len(asked) :].partition(answer)
+            if whole.startswith(asked) and found and not separator.strip():
+                return spaces + separator, closing.rstrip("\n")
+            return spaces, end
+        return spaces or ("" if asked[-1:].isspace() or answer[:1].isspace() else self.template.separator), end
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans; special tokens are added unless the text brings them."""
@@ -236,11 +249,13 @@ class LanguageModel:
         """
         answer = row.answer if answer is None else answer
         where = row.source or f"row {row.id}"
+        if not answer.strip():
+            raise RowError(f"{where}: the answer {answer!r} has no token that could be scored")
         question = row.prompt if prompt is None else prompt
         before = self.prompt_text(row, prompt)
-        separator = "" if before == "" or before[-1].isspace() or answer[:1].isspace() else self._separator(row)
+        separator, closing_text = self._frame(row, question, answer)
         body = before + separator + answer
-        ids, offsets = self._tokenize(body + self._closing(row, before, answer, question))
+        ids, offsets = self._tokenize(body + closing_text)
         # A token that starts in the separator belongs to the answer: " Paris" is one token.
         start = next((i for i, (_, stop) in enumerate(offsets) if stop > len(before)), len(ids))
         closing = sum(1 for first, stop in offsets if first >= len(body) and stop > first)
@@ -258,14 +273,10 @@ class LanguageModel:
                 f"the model's context holds {self.context_length}. Shorten the row or split it."
             )
         if len(ids) - closing <= start:
-            raise RowError(f"{where}: the answer {answer!r} has no token that could be scored")
+            raise RowError(f"{where}: the answer {answer!r} is one token and starts the text; nothing predicts it")
         if start == 0:
             raise RowError(f"{where}: the answer starts at position 0, there is nothing to predict it from")
         return Encoded(tuple(ids), start, closing, answer)
-
-    def _separator(self, row: Row) -> str:
-        chat = row.kind not in ("completion", "text") and getattr(self.tokenizer, "chat_template", None)
-        return "" if chat or row.kind == "text" else self.template.separator
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -427,8 +438,8 @@ class LanguageModel:
         for ids, (key, _) in zip(tokens, prompts):
             if len(ids) + max_new_tokens > self.context_length:
                 raise RowError(
-                    f"row {key[0]} ({key[1]}): prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit the "
-                    f"model's context of {self.context_length}"
+                    f"row {key[0]} ({key[1]}): prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
+                    f"the model's context of {self.context_length}"
                 )
         texts: list[list[str]] = [[] for _ in prompts]
         stopped: list[list[bool]] = [[] for _ in prompts]
@@ -603,11 +614,12 @@ def _choose_mode(model: LanguageModel) -> str:
     def draw(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, vocabulary, (count,), generator=generator).tolist())
 
-    common, first, second = draw(9), draw(4), draw(3)
+    common, first = draw(9), draw(4)
     rows = [
         Encoded(common + first + draw(3), 13, 0, ""),
         Encoded(common + first + draw(4), 13, 0, ""),
-        Encoded(common + second + draw(2), 12, 0, ""),
+        *(Encoded(common + draw(3) + draw(2), 12, 0, "") for _ in range(2)),
+        Encoded(common + draw(5) + draw(3), 14, 0, ""),
     ]
     plain = torch.cat([model._row_states(row) for row in rows]).float()
     pack_ = pack(rows, model.device)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ class Family:
 class Pack:
     """Rows laid end to end.
 
-    `predict[j]` is the packed position whose output predicts answer token j, `target[j]` that token, `row[j]` the row it
-    belongs to; answer tokens are ordered by row, then by position.
+    `predict[j]` is the packed position whose output predicts answer token j, `target[j]` that token, `row[j]` the row
+    it belongs to; answer tokens are ordered by row, then by position.
     """
 
     ids: Tensor
@@ -73,6 +74,21 @@ class Pack:
     row: Tensor
     rows: list[Encoded]
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """(first family, how many): neighbouring single rows of one length, which attention takes together."""
+        found: list[tuple[int, int]] = []
+        for index, family in enumerate(self.families):
+            if found and not (self.beginning and index == 1):
+                first, count = found[-1]
+                before = self.families[first]
+                alike = before.stop - before.start == family.stop - family.start
+                if alike and before.branch is None and family.branch is None:
+                    found[-1] = (first, count + 1)
+                    continue
+            found.append((index, 1))
+        return found
 
     @property
     def tokens(self) -> int:
@@ -134,7 +150,13 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
         positions += range(beginning)
         families.append(Family(0, beginning, None))
     predict: list[list[int]] = [[] for _ in rows]
-    for prompt, members in prompts.items():
+
+    def length(prompt: tuple[int, ...]) -> int:
+        return len(prompt) - beginning + sum(rows[i].scored - 1 for i in prompts[prompt])
+
+    # Single rows of one length stand together: attention takes them in one call.
+    for prompt in sorted(prompts, key=lambda prompt: (len(prompts[prompt]) > 1, length(prompt))):
+        members = prompts[prompt]
         start = len(ids)
         ids += prompt[beginning:]
         positions += range(beginning, len(prompt))
@@ -147,8 +169,7 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
             positions += range(len(prompt), len(prompt) + len(fed))
             branch += [number] * len(fed)
         single = len(members) == 1
-        if len(ids) > start:
-            families.append(Family(start, len(ids), None if single else torch.tensor(branch, device=device)))
+        families.append(Family(start, len(ids), None if single else torch.tensor(branch, device=device)))
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -221,27 +242,33 @@ def _attend(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    lengths = [family.stop - family.start for family in pack_.families]
+    runs, shared = pack_.runs, pack_.beginning
+    lengths = [pack_.families[first + count - 1].stop - pack_.families[first].start for first, count in runs]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    shared = pack_.beginning
     outputs = []
-    for index, q in enumerate(queries):
-        k, v = keys[index], values[index]
+    for index, (first, count) in enumerate(runs):
+        q, k, v = (_stack(part[index], count) for part in (queries, keys, values))
         if shared and index > 0:
-            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
-        mask = pack_.mask(index, sliding_window)
+            k = torch.cat([keys[0].expand(count, -1, -1, -1), k], dim=2)
+            v = torch.cat([values[0].expand(count, -1, -1, -1), v], dim=2)
+        mask = pack_.mask(first, sliding_window)
         if softcap is None:
-            outputs.append(
-                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-            )
-            continue
-        weights = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-        weights = softcap * torch.tanh(weights / softcap)
-        if mask is None:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        weights = weights.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
-        outputs.append(weights @ v)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        else:
+            weights = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+            weights = softcap * torch.tanh(weights / softcap)
+            if mask is None:
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            out = weights.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        # (rows, heads, length, d) -> (1, rows x length, heads, d)
+        outputs.append(out.transpose(1, 2).reshape(1, -1, out.shape[1], out.shape[3]))
+    return torch.cat(outputs, dim=1), None
+
+
+def _stack(part: Tensor, count: int) -> Tensor:
+    """(1, heads, count x length, d) -> (count, heads, length, d)."""
+    _, heads, tokens, width = part.shape
+    return part.view(heads, count, tokens // count, width).transpose(0, 1)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)

@@ -86,19 +86,22 @@ def draw(
 ) -> Drawn:
     """Which rows every step sees.
 
-    An epoch runs over the leading sides, which are aligned row by row (forget and its alternatives); one row of every
-    other side (retain) is drawn beside each, all of them once before any comes again.
+    An epoch runs over the leading sides, which are aligned row by row (forget and its alternatives); a side with k
+    times as many rows has another k-th of them for each epoch. One row of every other side (retain) is drawn beside
+    each, all of them once before any comes again.
     """
-    count = len(rows[leading[0]])
+    count = min(len(rows[side]) for side in leading)
     per_epoch = math.ceil(count / training.batch_size) if count else 0
     total = training.steps if training.steps is not None else math.ceil(training.epochs * per_epoch)
     total = total if count else 0
     streams = {side: _endless(len(items), generator) for side, items in rows.items() if side not in leading}
     steps: list[dict[str, list[int]]] = []
+    epoch = -1
     while len(steps) < total:
+        epoch += 1
         order = torch.randperm(count, generator=generator)
         for places in order.split(training.batch_size):
-            step = {side: places.tolist() for side in leading}
+            step = {side: (places + epoch % (len(rows[side]) // count) * count).tolist() for side in leading}
             for side, stream in streams.items():
                 step[side] = [next(stream) for _ in range(len(places))]
             steps.append(step)
@@ -319,6 +322,7 @@ def train(
     guard = training.guard if held_out else None
     if guard and not log.guard:
         log.guard.append((0, mean_loss(subject, held_out)))
+        best, log.stepped_back_to = [master.detach().clone() for master in masters], 0
     if evaluate and first == 0 and 0 in evaluate_at:
         evaluate(0)
     saved = time.monotonic()

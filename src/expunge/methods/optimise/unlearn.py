@@ -100,7 +100,6 @@ def unlearn(
         "tokens": int(tokens * share),
         "answer_tokens": int(answers * share),
         "rows": {name: len(items) for name, items in rows.items()},
-        "rows_used_twice_or_more": {side: _repeats(drawn, side) for side in drawn.rows},
         "log": asdict(log),
         "seconds": log.seconds,
         "stopped_by_guard": log.stopped_by_guard,
@@ -162,22 +161,26 @@ def refusals() -> list[str]:
     return text.splitlines()
 
 
+VARIANTS = 5
+"""Alternatives drawn per forget row; an epoch uses the next one."""
+
+
 def _alternatives(
     subject: LanguageModel, forget: Sequence[Row], kind: str, generator: torch.Generator
 ) -> list[Encoded]:
-    """What is to be said instead of each forget answer, drawn by the plan's seed."""
-    found = []
+    """What is to be said instead of each forget answer, drawn by the plan's seed, variant by variant."""
     lines = refusals()
-    for row in forget:
-        choices = lines if kind == "refusal" else list(row.perturbed_answers)
-        if not choices:
-            raise RowError(
-                f"{row.source or 'row ' + row.id}: no perturbed answers, but alternatives = perturbed needs at least one"
-            )
-        text = choices[int(torch.randint(len(choices), (1,), generator=generator))]
-        if text.strip() == row.answer.strip():
-            raise RowError(f"{row.source or 'row ' + row.id}: its alternative {text!r} equals its answer")
-        found.append(subject.encode(row, answer=text))
+    found = []
+    for _ in range(VARIANTS):
+        for row in forget:
+            where = row.source or f"row {row.id}"
+            choices = lines if kind == "refusal" else list(row.perturbed_answers)
+            if not choices:
+                raise RowError(f"{where}: no perturbed answers, but alternatives = perturbed needs at least one")
+            text = choices[int(torch.randint(len(choices), (1,), generator=generator))]
+            if text.strip() == row.answer.strip():
+                raise RowError(f"{where}: its alternative {text!r} equals its answer")
+            found.append(subject.encode(row, answer=text))
     return found
 
 
@@ -192,9 +195,7 @@ def _needs(subject: LanguageModel, part: Part, settings: dict[str, Any], drawn: 
         if not quantity:
             continue
         used = sorted({i for step in drawn.steps for i in step[side]})
-        values = references(
-            subject, [drawn.rows[side][i] for i in used], hidden=quantity == "reference_hidden"
-        )
+        values = references(subject, [drawn.rows[side][i] for i in used], hidden=quantity == "reference_hidden")
         stored = drawn.constants.setdefault(side, [{} for _ in drawn.rows[side]])
         for i, value in zip(used, values):
             stored[i].update(value)

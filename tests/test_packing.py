@@ -1,0 +1,264 @@
+"""Packing changes nothing but the cost: every architecture scores rows as plain passes do."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny
+
+from expunge.errors import RowError, SubjectError
+from expunge.rows import Row
+from expunge.subjects.language import LanguageModel, Template
+from expunge.subjects.packed import batches, pack
+from expunge.tables.scores import Scores
+
+QUESTIONS = [
+    ("where was Ilva born?", "Tivin"),
+    ("where was Ilva born?", "in the north of Carth"),
+    ("where was Mo born?", "Carth"),
+    ("where was Bo born?", "Tivin"),
+    ("what does Ilva Morrow do?", "she maps the coast"),
+]
+
+
+def rows():
+    return [Row(id=str(i), prompt=question, answer=answer) for i, (question, answer) in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def subject(request):
+    model, tokenizer = tiny(request.param)
+    return LanguageModel(model, tokenizer, request.param)
+
+
+def plain(subject, row):
+    """Log-probabilities of one row by an ordinary forward of the whole model."""
+    encoded = subject.encode(row)
+    with torch.no_grad():
+        logits = subject.model(input_ids=torch.tensor([encoded.ids])).logits[0].float()
+    logprobs = logits.log_softmax(-1)
+    at = range(encoded.start, len(encoded.ids))
+    return encoded, logits, torch.stack([logprobs[i - 1, encoded.ids[i]] for i in at])
+
+
+def test_scores_equal_plain_forward_passes(subject):
+    items = [((row.id, "answer"), subject.encode(row)) for row in rows()]
+    table = subject.score(items)
+    for index, row in enumerate(rows()):
+        encoded, logits, expected = plain(subject, row)
+        at = table.tokens(index)
+        assert np.allclose(table.logprob[at], expected, atol=1e-5)
+        predicting = logits[encoded.start - 1 : -1]
+        assert (table.hit[at] == (predicting.argmax(-1) == torch.tensor(encoded.ids[encoded.start :])).numpy()).all()
+        p = predicting.double().softmax(-1)
+        mean = (p * p.log()).sum(-1)
+        assert np.allclose(table.mean[at], mean, atol=1e-4)
+        assert np.allclose(table.variance[at], (p * p.log() ** 2).sum(-1) - mean**2, atol=1e-4)
+        assert table.end[at].sum() == encoded.closing
+    assert table.texts == [row.answer for row in rows()]
+
+
+def test_numbers_do_not_depend_on_batching_or_order(subject):
+    items = [((row.id, "answer"), subject.encode(row)) for row in rows()]
+    whole = subject.score(items)
+    split = subject.score(items, token_budget=1)
+    back = subject.score(items[::-1])
+    assert whole.keys == split.keys
+    assert np.allclose(whole.logprob, split.logprob, atol=1e-6)
+    again = back.take(range(len(items))[::-1])
+    assert np.allclose(whole.logprob, again.logprob, atol=1e-6)
+
+
+def test_generation_equals_transformers_greedy(subject):
+    prompts = [((row.id, "question"), subject.prompt_text(row)) for row in rows()]
+    ours = subject.generate(prompts, max_new_tokens=5)
+    for (_, text), output in zip(prompts, ours.texts):
+        inputs = subject.tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = subject.model.generate(
+            inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=sorted(subject.stop_ids)
+        )[0, inputs.shape[1] :]
+        assert output[0] == subject.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_gradients_flow_through_packed_passes_as_through_plain_ones(subject):
+    first = [subject.encode(row) for row in rows()]
+    model = subject.model
+
+    def gradient(loss):
+        model.zero_grad()
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    packed = pack(first)
+    logprobs = subject.head(subject.hidden_states(packed)).log_softmax(-1)
+    ours = gradient(-logprobs.gather(-1, packed.target[:, None]).sum())
+    total = 0
+    for row in first:
+        logits = model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        total = total - sum(logits[i - 1, row.ids[i]] for i in range(row.start, len(row.ids)))
+    expected = gradient(total)
+    assert ours.keys() >= expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(ours[name], value, atol=2e-5), name
+
+
+def test_hidden_states_at_the_last_layer_read_by_the_lens_are_the_logits(subject):
+    prompts = [subject.prompt_text(row) for row in rows()]
+    lens = subject.lens(subject.hidden(prompts)[:, -1])
+    for text, found in zip(prompts, lens):
+        ids = subject.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = subject.model(input_ids=ids).logits[0, -1].float()
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_saving_and_loading_keep_the_fingerprint(subject, tmp_path):
+    subject.save(tmp_path / "model")
+    assert LanguageModel.load(tmp_path / "model").fingerprint == subject.fingerprint
+    changed = subject.copy()
+    with torch.no_grad():
+        next(changed.model.parameters()).view(-1)[0] += 1e-3
+    assert changed.fingerprint != subject.fingerprint
+
+
+def test_what_rows_share_is_fed_once():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer, template=Template("A long beginning that all prompts share. {question}"))
+    encoded = [subject.encode(row) for row in rows()]
+    fed = pack(encoded).tokens
+    prompts = {row.ids[: row.start] for row in encoded}
+    shared = pack(encoded).beginning
+    expected = shared + sum(len(p) - shared for p in prompts) + sum(row.scored - 1 for row in encoded)
+    assert shared > 0
+    assert fed == expected < sum(len(row.ids) - 1 for row in encoded)
+
+
+def test_batches_take_every_row_once_within_the_budget():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    encoded = [subject.encode(row) for row in rows()] * 5
+    groups = list(batches(encoded, 60))
+    assert sorted(i for group in groups for i in group) == list(range(len(encoded)))
+    assert len(groups) > 1
+
+
+def test_samples_depend_on_seed_and_prompt_only():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    prompts = [((row.id, "question"), subject.prompt_text(row)) for row in rows()[1:]]
+    options = {"max_new_tokens": 6, "temperature": 1.0, "samples": 4}
+    together = subject.generate(prompts, seed=3, **options)
+    alone = subject.generate(prompts[2:3], seed=3, **options)
+    assert together.texts[2] == alone.texts[0]
+    assert subject.generate(prompts, seed=4, **options).texts != together.texts
+
+
+def test_scores_survive_the_arrow_file(tmp_path):
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    table = subject.score([((row.id, "answer"), subject.encode(row)) for row in rows()])
+    table.save(tmp_path / "scores.arrow")
+    again = Scores.load(tmp_path / "scores.arrow")
+    assert again.keys == table.keys
+    assert again.texts == table.texts
+    assert (again.logprob == table.logprob).all()
+    assert (again.offsets == table.offsets).all()
+    assert again.metadata == table.metadata
+
+
+# --- loss masks ------------------------------------------------------------------------------------------------------
+
+
+def test_answer_tokens_come_from_offsets_even_when_prompt_and_answer_share_ids():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    row = Row(id="0", prompt="Tivin Tivin", answer="Tivin")
+    encoded = subject.encode(row)
+    answer = tokenizer.decode(encoded.ids[encoded.start : len(encoded.ids) - encoded.closing])
+    assert answer.strip() == "Tivin"
+    assert encoded.closing == 1
+    assert encoded.ids[-1] == tokenizer.eos_token_id
+
+
+def test_chat_template_is_respected():
+    model, tokenizer = tiny("llama")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|> {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    subject = LanguageModel(model, tokenizer)
+    row = Row(
+        id="0", prompt="where?", answer="Tivin", kind="chat", messages=(("system", "be brief"), ("user", "where?"))
+    )
+    assert subject.prompt_text(row) == "<|system|> be brief</s><|user|> where?</s><|assistant|>"
+    encoded = subject.encode(row)
+    assert tokenizer.decode(encoded.ids[encoded.start :]).strip() == "Tivin</s>"
+    assert encoded.closing == 1
+    assert subject.prompt_text(row, "when?").count("when?") == 1
+
+
+def test_a_token_across_the_boundary_is_an_error_that_names_it():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer, template=Template("{question}", ""))
+    row = Row(id="17", prompt="whe", answer="re was Ilva born?", source="forget.jsonl:17")
+    merged = tokenizer("where was Ilva born?")["input_ids"]
+    apart = tokenizer("whe")["input_ids"] + tokenizer("re was Ilva born?", add_special_tokens=False)["input_ids"]
+    assert merged != apart, "the fixture's tokenizer must merge across this boundary"
+    with pytest.raises(RowError, match=r"forget.jsonl:17.*moves the boundary"):
+        subject.encode(row)
+
+
+def test_rows_that_do_not_fit_are_refused_with_both_lengths():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    long = Row(id="3", prompt="where?", answer="Tivin " * 5000, source="retain.jsonl:3")
+    with pytest.raises(RowError, match=rf"retain.jsonl:3.*context holds {subject.context_length}"):
+        subject.encode(long)
+    with pytest.raises(RowError, match="no token that could be scored"):
+        subject.encode(Row(id="4", prompt="where?", answer=""))
+    with pytest.raises(RowError, match="do not fit"):
+        subject.generate([(("5", "question"), "where?")], max_new_tokens=10**6)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_used_are_refused(tmp_path):
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+
+    def refused(path, match):
+        with pytest.raises(SubjectError, match=match):
+            LanguageModel.load(path)
+
+    refused(tmp_path / "missing", "does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no config.json")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "is a file")
+
+    subject.save(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    refused(tmp_path / "pickled", "never unpickles")
+
+    broken = subject.copy()
+    with torch.no_grad():
+        broken.model.lm_head.weight[0, 0] = float("nan")
+    broken.save(tmp_path / "nan")
+    refused(tmp_path / "nan", "not finite")
+
+    subject.save(tmp_path / "notokenizer")
+    for file in (tmp_path / "notokenizer").glob("token*"):
+        file.unlink()
+    refused(tmp_path / "notokenizer", "cannot be loaded")
+
+    subject.save(tmp_path / "truncated")
+    weights = tmp_path / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(tmp_path / "truncated", "cannot be loaded")
+    subject.save(tmp_path / "fine")
+    with pytest.raises(SubjectError, match="not a torch type"):
+        LanguageModel.load(tmp_path / "fine", dtype="float3")
+    with pytest.raises(SubjectError, match="device"):
+        LanguageModel.load(tmp_path / "fine", device="cuda:7")
