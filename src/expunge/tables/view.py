@@ -70,7 +70,7 @@ class View:
             table = self._table(rows)
             if table.metadata.get("means_only"):
                 raise NotApplicable(f"the {rows} scores of {self.name} are means over answers, not scores of tokens")
-            self._cache[key] = table.take(self._at(rows, name, ids).tolist())
+            self._cache[key] = table.take(self.positions(rows, name, ids).tolist())
         return self._cache[key]
 
     def mean_logprob(self, rows: str, name: str = "answer", ids: Sequence[str] | None = None) -> np.ndarray:
@@ -84,7 +84,16 @@ class View:
             lengths = np.diff(table.offsets)
             sums = np.add.reduceat(table.logprob, table.offsets[:-1], dtype=np.float64)
             self._cache["means", rows] = sums / lengths
-        return self._cache["means", rows][self._at(rows, name, ids)]
+        return self._cache["means", rows][self.positions(rows, name, ids)]
+
+    def positions(self, rows: str, name: str = "answer", ids: Sequence[str] | None = None) -> np.ndarray:
+        """(rows,) where each row's candidate stands in the scores table of its set; errors as `candidate`."""
+        key = ("at", rows, name, None if ids is None else tuple(ids))
+        if key not in self._cache:
+            wanted = [row.id for row in self.of(rows)] if ids is None else list(ids)
+            at = self._index(("scores", rows), self._table(rows).keys)
+            self._cache[key] = np.array(self._find(at, rows, name, wanted, "scores"), dtype=np.int64)
+        return self._cache[key]
 
     def outputs(self, rows: str, variant: str = "question", ids: Sequence[str] | None = None) -> list[list[str]]:
         """What the model wrote for every row, in row order; one list of samples a row.
@@ -108,14 +117,6 @@ class View:
             _check(table, f"{self.name}, {rows} rows")
             self._cache["checked", rows] = True
         return table
-
-    def _at(self, rows: str, name: str, ids: Sequence[str] | None) -> np.ndarray:
-        key = ("at", rows, name, None if ids is None else tuple(ids))
-        if key not in self._cache:
-            wanted = [row.id for row in self.of(rows)] if ids is None else list(ids)
-            at = self._index(("scores", rows), self._table(rows).keys)
-            self._cache[key] = np.array(self._find(at, rows, name, wanted, "scores"), dtype=np.int64)
-        return self._cache[key]
 
     def _index(self, key: Any, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
         if key not in self._cache:

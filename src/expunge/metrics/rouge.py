@@ -1,0 +1,36 @@
+"""ROUGE (ACL W04-1013) of what the model answers, as TOFU and OpenUnlearning take it (`rouge_score`, stemmed)."""
+
+from __future__ import annotations
+
+import re
+
+from ..registry import metric
+from ..tables.view import View
+from .texts import RougeKind, RougeScore, empty_outputs, overlaps
+from .values import Values, averages
+
+
+@metric(
+    paper="arXiv:2401.06121",
+    sentence="How much of the right answer's wording appears, in order, in what the model writes when asked.",
+    direction="closest_to_gold",
+    ideal="the value of a model that never saw the rows",
+    range=(0.0, 1.0),
+    needs=("generations",),
+)
+def rouge(view: View, *, rows: str = "forget", kind: RougeKind = "rougeL", score: RougeScore = "recall") -> Values:
+    """Mean over rows of ROUGE of the model's output against the answer.
+
+    Args:
+        rows: the row set.
+        kind: rouge1 counts words, rougeL the longest common subsequence of words.
+        score: recall (TOFU) or F-measure (MUSE).
+    """
+    kept = view.of(rows)
+    each = overlaps(view, rows, kept, kind, score)
+    flag = empty_outputs(view, rows)
+    wordless = sum(not re.search("[a-z0-9]", row.answer.lower()) for row in kept)
+    if wordless:
+        more = f"{wordless} answers have no Latin letter or digit, ROUGE counts them 0"
+        flag = f"{flag}; {more}" if flag else more
+    return averages(rows, kept, each, flag=flag)
