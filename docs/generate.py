@@ -26,9 +26,9 @@ COLUMNS = {
     "subjects": ("modality",),
 }
 INTRODUCTION = {
-    "methods": "How to forget. Parameters are set in the request (`method: {name: npo, beta: 0.2}`) or with `--set beta=0.2`.",
-    "attacks": "How the audit tries to bring the knowledge back. All run by default, with the budget that the defaults say.",
-    "metrics": "What is measured on every row set, before, after and on gold. A number is an interval over forget entities.",
+    "methods": "How to forget. Parameters: `method: {name: npo, beta: 0.2}` in the request, or `--set beta=0.2`.",
+    "attacks": "How the audit tries to bring the knowledge back. All run by default, at the budget of their defaults.",
+    "metrics": "What is measured before, after and on gold. A number is an interval over forget entities.",
     "benchmarks": "Published data with its published protocol.",
     "subjects": "What kinds of model can be changed and audited.",
 }
@@ -95,8 +95,9 @@ def systems() -> str:
     lines = [
         NOTE,
         "# Systems\n",
-        "The forty papers the project sets out to cover, the names of their parts here, and how far each is. `registered`: every part can be",
-        "run from the command line and from Python. `reproduced`: `expunge reproduce NAME` measures the paper's claim at small scale.\n",
+        "The forty papers the project sets out to cover, the names of their parts here, and how far each is.",
+        "`registered`: every part can be run from the command line and from Python.",
+        "`reproduced`: `expunge reproduce NAME` measures the paper's claim at small scale.\n",
         _table(["#", "paper", "here", "state"], rows),
     ]
     return "\n".join(lines)

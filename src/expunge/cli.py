@@ -66,10 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _interrupted(arguments) if code == INTERRUPTED else int(code or DONE)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(arguments)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough (`expunge list methods | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except Exception as error:
         if debug:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -16,8 +17,11 @@ PLAIN_SECONDS = 10.0
 
 
 def say(text: str = "") -> None:
-    """One result, on stdout."""
-    print(text, flush=True)
+    """One result, on stdout. A reader that has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def remark(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ParameterError
 from .catalogue import Json, Plugins, load_plugins
 from .console import assignments, progressing, remark, say, say_json, say_table
 
@@ -75,15 +76,14 @@ def run(
 
     The same command goes on where a killed or interrupted one stopped.
     """
-    from ..request import load
-    from ..run import run as carry_out
-
-    load_plugins(plugin)
     _known_verdicts(require)
     settings, fields = _split(set_)
+    load_plugins(plugin)
+    read = _load(request, fields)
+    from ..run import run as carry_out
+
+    folder = out or _folder(read)
     with progressing(json) as progress:
-        read = load(request, fields)
-        folder = out or _folder(read)
         evidence = carry_out(read, out=folder, method=method, settings=settings, scope=scope, progress=progress)
         if save_model:
             _save_model(read, folder)
@@ -103,13 +103,12 @@ def plan(
 
     Trainable parameters, tokens, FLOPs, peak memory, time on this machine, and the passes of the audit.
     """
-    from .. import plan as planning
-    from ..request import load
-
-    load_plugins(plugin)
     settings, fields = _split(set_)
-    with progressing(json):
-        made = planning.plan(load(request, fields), method=method, settings=settings, scope=scope)
+    load_plugins(plugin)
+    read = _load(request, fields)
+    from .. import plan as planning
+
+    made = planning.plan(read, method=method, settings=settings, scope=scope)
     if json:
         say_json(asdict(made))
         return
@@ -135,13 +134,16 @@ def audit(
     json: Json = False,
 ) -> int:
     """Attack and judge a model that is said to have forgotten."""
-    from ..request import load
+    _known_verdicts(require)
+    settings, fields = _split(set_)
+    if settings:
+        raise ParameterError(
+            f"--set {next(iter(settings))}: an audit has no method to set; fields of the request have a dot, audit.seed=3"
+        )
+    load_plugins(plugin)
+    read = _load(request, fields)
     from ..run import audit_model
 
-    load_plugins(plugin)
-    _known_verdicts(require)
-    _, fields = _split(set_)
-    read = load(request, fields)
     folder = out or _folder(read)
     with progressing(json) as progress:
         evidence = audit_model(model, request=read, gold=gold, original=original, out=folder, progress=progress)
@@ -156,11 +158,12 @@ def compare(
 ) -> None:
     """Set runs side by side: a table and the frontier plot."""
     from ..evidence import Evidence
-    from ..report import compare as comparison
 
     if len(runs) < 2:
         raise typer.BadParameter(f"compare needs the folders of at least two runs, found only {runs[0]}.")
     found = [Evidence.load(folder / "evidence.json") for folder in runs]
+    from ..report import compare as comparison
+
     folder = out or Path("runs/comparison")
     paths = comparison.write(found, folder)
     rows = [
@@ -172,6 +175,13 @@ def compare(
         return
     say_table(["run", "method", "verdict", "flags"], rows)
     remark(f"comparison in {folder}")
+
+
+def _load(file: Path, fields: dict[str, Any]) -> Any:
+    """The request; a mistake in it is found before anything heavy is imported."""
+    from ..request import load
+
+    return load(file, fields)
 
 
 def _folder(request: Any) -> Path:

@@ -1,0 +1,226 @@
+"""The command line: results on stdout, one line per error, exit codes that scripts can rely on."""
+
+import errno
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expunge import cli
+from expunge.commands import console
+from expunge.errors import ExpungeError, ParameterError, RowError
+
+DOC = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def expunge(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "expunge", *arguments], capture_output=True, text=True, **options)
+
+
+def walk(command, path=()):
+    """Every command with its path, groups left out."""
+    if hasattr(command, "commands"):
+        for name, inner in command.commands.items():
+            yield from walk(inner, (*path, name))
+    else:
+        yield path, command
+
+
+def commands():
+    import typer
+
+    return list(walk(typer.main.get_command(cli.app)))
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command(capsys) -> None:
+    assert cli.main([]) == cli.DONE
+    shown = capsys.readouterr().out
+    for path, _ in commands():
+        assert re.search(rf"^  {path[0]} ", shown, re.MULTILINE)
+    assert "..." not in shown.partition("Commands:")[2], (
+        "the first sentence of a command's docstring is too long for the list"
+    )
+
+
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*c, id=" ".join(c[0])) for c in commands()])
+def test_every_command_and_option_has_help_and_is_documented(path, command) -> None:
+    assert command.help
+    section = next(part for part in re.split(r"\n(?=###? |- `)", DOC) if f"{' '.join(path)}" in part or path[0] in part)
+    for parameter in command.params:
+        if parameter.name == "help":
+            continue
+        assert parameter.help, f"{' '.join(path)}: {parameter.name} has no help"
+        if parameter.param_type_name == "option":
+            assert parameter.opts[0] in DOC[DOC.index(section[:40]) :], (
+                f"docs/cli.md: {' '.join(path)} {parameter.opts[0]}"
+            )
+
+
+def test_version(capsys) -> None:
+    assert cli.main(["--version"]) == cli.DONE
+    assert re.fullmatch(r"expunge \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("room", ["methods", "attacks", "metrics", "benchmarks", "subjects"])
+def test_list_prints_names_or_one_json_document(room: str, capsys) -> None:
+    assert cli.main(["list", room, "--json"]) == cli.DONE
+    found = json.loads(capsys.readouterr().out)
+    assert cli.main(["list", room]) == cli.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [part["name"] for part in found]
+
+
+def test_card_shows_paper_weaknesses_and_parameters(capsys) -> None:
+    assert cli.main(["card", "npo"]) == cli.DONE
+    shown = capsys.readouterr().out
+    for word in ("arXiv:2404.05868", "relearn", "beta", "0.1", "none | nll | kl"):
+        assert word in shown
+    assert cli.main(["card", "npo", "--json"]) == cli.DONE
+    card = json.loads(capsys.readouterr().out)
+    assert (card["room"], card["kind"]) == ("methods", "optimise")
+    assert card["parameters"][0] == {"name": "beta", "type": "float", "default": 0.1}
+
+
+def test_a_plugin_is_listed(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "from_a_file.py"
+    file.write_text(
+        "from expunge.registry import optimise\n"
+        "@optimise(paper='mine', intention='removal', known_weaknesses=('not studied',))\n"
+        "def from_a_file(step):\n    '''Mine.'''\n    return 0\n"
+    )
+    done = expunge("card", "from_a_file", "--plugin", str(file))
+    assert done.returncode == cli.DONE, done.stderr
+    assert "Mine." in done.stdout
+
+
+def test_schema_is_json(capsys) -> None:
+    assert cli.main(["schema"]) == cli.DONE
+    assert "forget" in capsys.readouterr().out
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["lst"], r"error E010: No such command 'lst'\. Did you mean 'list'\? See `expunge --help`\."),
+        (["ledger"], r"error E010: Missing command\. See `expunge ledger --help`\."),
+        (["card"], r"error E010: Missing argument 'name'\. See `expunge card --help`\."),
+        (["card", "npoo"], r"error E310: no method, attack.* 'npoo'\. Did you mean npo"),
+        (["list", "method"], r"error E310: there is no room 'method'\. Did you mean methods or metrics\?"),
+        (["list", "methods", "--plugin", "absent.py"], r"error E310: plug-in file absent\.py does not exist"),
+        (["run", "absent.yaml"], r"error E100: .*absent\.yaml.*"),
+        (["plan", "absent.yaml"], r"error E100: .*absent\.yaml.*"),
+        (["audit", "m", "--request", "absent.yaml"], r"error E100: .*absent\.yaml.*"),
+        (["run", "r.yaml", "--set", "beta"], r"error E320: --set 'beta' is not of the form name=value.*"),
+        (["run", "r.yaml", "--set", "beta=[1"], r"error E320: --set .* is not a YAML value.*"),
+        (["run", "r.yaml", "--require", "removed"], r"error E310: --require: no verdict is called 'removed'.*"),
+        (["audit", "m", "--request", "r.yaml", "--set", "beta=1"], r"error E320: --set beta: an audit has no method.*"),
+        (["compare", "one"], r"error E010: .*at least two runs.*"),
+        (["compare", "absent-1", "absent-2"], r"error E500: absent-1/evidence\.json is not a readable.*"),
+        (["delta", "show", "absent"], r"error E420: .*absent.*"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, line, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == cli.MISTAKE
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(line, shown.err.rstrip("\n").split("\n")[-1]), shown.err
+    assert shown.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RowError("a.jsonl, row 3:\n  no answer"), cli.MISTAKE, "error E110: a.jsonl, row 3: no answer"),
+        (OSError(errno.ENOSPC, "No space left on device", "/out/x"), 2, "error E500: No space left on device: /out/x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error E500: Permission denied: /out"),
+        (MemoryError(), 2, "error E520: out of memory.*"),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried ..."), 2, "error E520: out of memory.*"),
+        (ZeroDivisionError("division by zero"), 1, "error E999: ZeroDivisionError: division by zero. This is a bug.*"),
+    ],
+)
+def test_what_goes_wrong_becomes_one_line(error, code, line, capsys, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("expunge.registry.parts", fail)
+    assert cli.main(["list", "methods"]) == code
+    assert re.fullmatch(line + "\n", capsys.readouterr().err)
+    with pytest.raises(type(error)):
+        cli.main(["list", "methods", "--debug"])
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("expunge.registry.parts", interrupt)
+    assert cli.main(["list", "methods", "--json"]) == cli.INTERRUPTED
+    assert "goes on: expunge list methods --json\n" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m expunge list metrics --json"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | true"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_exit_codes_are_documented() -> None:
+    documented = dict(re.findall(r"^\| (\d+) \| (.*?) \|$", DOC, re.MULTILINE))
+    assert set(map(int, documented)) == {cli.DONE, cli.BUG, cli.MISTAKE, cli.NOT_MET, cli.INTERRUPTED}
+
+
+def test_every_error_code_is_used_once() -> None:
+    classes = [ExpungeError, *ExpungeError.__subclasses__()]
+    codes = [c.code for c in classes]
+    assert len(set(codes)) == len(codes)
+    assert not {"E010", "E520", "E999"} & set(codes), "the command line's own codes"
+
+
+# --- small helpers -------------------------------------------------------------------------------------------------
+
+
+def test_assignments_are_read_as_yaml() -> None:
+    given = console.assignments(["beta=0.2", "retain=kl", "rates=[1, 2]", "training.steps=3", "text=a=b"])
+    assert given == {"beta": 0.2, "retain": "kl", "rates": [1, 2], "training.steps": 3, "text": "a=b"}
+    with pytest.raises(ParameterError):
+        console.assignments(["=3"])
+
+
+def test_numbers_are_readable() -> None:
+    assert [console.size(n) for n in (0, 999, 1500, 3.21e9)] == ["0 B", "999 B", "1.5 kB", "3.21 GB"]
+    assert [console.duration(s) for s in (0.5, 59, 61, 3700)] == ["0.5 s", "59 s", "1 min 1 s", "1 h 1 min"]
+
+
+def test_progress_without_a_terminal_is_a_line_per_phase(capsys, monkeypatch) -> None:
+    progress = console.Progress()
+    for done in range(1, 4):
+        progress("train", done, 3)
+    progress.phase("audit")(5, 5)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r" in .*", "", line) for line in lines] == [
+        "train ...",
+        "train: 3 of 3",
+        "audit ...",
+        "audit: 5 of 5",
+    ]
+
+
+def test_progress_tells_the_time_left(capsys, monkeypatch) -> None:
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    progress = console.Progress()
+    progress("train", 1, 40)
+    progress("train", 10, 40)
+    assert capsys.readouterr().err.splitlines()[-1] == "train: 10 of 40, 1 min 0 s left"
