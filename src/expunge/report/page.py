@@ -1,0 +1,412 @@
+"""What one evidence report shows: evidence turned into the sentences, rows and pictures of its templates."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from ..evidence import Evidence, Interval, Judged, Measured, SideEffect
+from . import charts, tracks
+from .words import (
+    GROUPS,
+    NOT_MEASURED,
+    ROLES,
+    duration,
+    flag_words,
+    in_sentence,
+    label,
+    listing,
+    measured,
+    number,
+    pairs,
+    percent,
+    plain,
+    points,
+    verdict_words,
+    with_interval,
+)
+
+QUOTES = 3
+"""Answers shown as brought back by an attack."""
+
+
+def content(evidence: Evidence) -> dict[str, Any]:
+    """Everything the templates of one report need."""
+    return {
+        "evidence": evidence,
+        "name": str(evidence.request.get("name") or "unnamed request"),
+        "verdict": judgement(evidence),
+        "facts": facts(evidence),
+        "probes": [probe_row(probe) for probe in evidence.probes if probe.group != "reintroduce" and spoke(probe)],
+        "forgotten": [metric_row(m, label(m.metric)) for m in evidence.metrics if about_forget(m) and drawable(m)],
+        "kept": kept(evidence.metrics),
+        "effects": [effect_row(effect) for effect in evidence.side_effects],
+        "golds": sum(model.get("role") == "gold" for model in evidence.models),
+        "recovery": recovery_groups(evidence),
+        "recovery_scale": tracks.scale(
+            [(0, "gold"), (threshold(evidence), percent(threshold(evidence))), (1, "original")],
+            recovery_domain(evidence),
+        ),
+        "caveats": [(label(probe.attack), probe.caveat) for probe in evidence.probes if probe.caveat],
+        "threshold": threshold(evidence),
+        "curves": [
+            {"title": label(probe.attack), "chart": curve_chart(probe), "words": speed(probe)}
+            for probe in evidence.probes
+            if probe.curves.get("after")
+        ],
+        "metrics": metric_table(evidence.metrics),
+        "roles": ROLES,
+        "examples": [example(row) for row in evidence.examples],
+        "quotes": quotes(evidence),
+        "self_test": self_test(evidence),
+        "cost": cost_table(evidence.cost),
+        "provenance": provenance(evidence),
+        "runs": run_table(evidence),
+    }
+
+
+def threshold(evidence: Evidence) -> float:
+    return evidence.verdict.thresholds.get("tau", 0.2)
+
+
+def spoke(probe: Judged) -> bool:
+    return any(measured(value) for value in (probe.before, probe.after, *probe.gold))
+
+
+# The verdict
+
+
+def headline(evidence: Evidence) -> str:
+    """The verdict and every flag, in one line: a collapsed model passes every attack, so they are read together."""
+    return " · ".join([verdict_words(evidence.verdict.verdict).title, *flags(evidence)])
+
+
+def flags(evidence: Evidence) -> list[str]:
+    return [flag_words(flag)[0] for flag in evidence.verdict.flags]
+
+
+def judgement(evidence: Evidence) -> dict[str, Any]:
+    words = verdict_words(evidence.verdict.verdict)
+    flagged = [(name, meaning) for name, meaning, _ in map(flag_words, evidence.verdict.flags)]
+    actions = [words.action, *(flag_words(flag)[2] for flag in evidence.verdict.flags)]
+    return {
+        "words": words,
+        "headline": headline(evidence),
+        "flags": flagged,
+        "back": brings_back(evidence),
+        "actions": [action for action in actions if action],
+    }
+
+
+def brings_back(evidence: Evidence) -> list[tuple[str, str]]:
+    """(what, how much): the probes that the verdict names, or the strongest one where it names none."""
+    judged = {probe.attack: probe for probe in evidence.probes}
+    found = []
+    for attack in evidence.verdict.by:
+        probe = judged.get(attack)
+        much = f"{with_interval(probe.recovery, percent)} comes back" if probe and probe.recovery else ""
+        found.append((label(attack), ". ".join(filter(None, (much, speed(probe) if probe else "")))))
+    if found:
+        return found
+    strongest = worst(evidence)
+    if strongest is None:
+        return [("Not known", "No attack gave a usable measurement.")]
+    tried = sum(probe.informative and probe.group != "reintroduce" for probe in evidence.probes)
+    value = with_interval(strongest.recovery, percent)
+    many = "the one usable attack" if tried == 1 else f"{tried} usable attacks"
+    if evidence.verdict.verdict == "inconclusive":
+        return [("Not settled", f"The most that {many} got back: {value}, by {in_sentence(strongest.attack)}.")]
+    return [
+        (
+            "Nothing tried here",
+            f"The most that {many} got back: {value}, by {in_sentence(strongest.attack)}; "
+            f"more than {percent(threshold(evidence))} would count.",
+        )
+    ]
+
+
+def worst(evidence: Evidence) -> Judged | None:
+    """The informative probe that recovers most; telling the model again in the prompt does not count."""
+    usable = [
+        probe
+        for probe in evidence.probes
+        if probe.informative and probe.group != "reintroduce" and probe.recovery and measured(probe.recovery.value)
+    ]
+    return max(usable, key=lambda probe: probe.recovery.value) if usable else None
+
+
+def speed(probe: Judged) -> str:
+    """How soon the curve of an attack reaches half of what the original knows."""
+    after, gold = probe.curves.get("after"), probe.curves.get("gold")
+    if not after or not measured(probe.before) or probe.before <= 0:
+        return ""
+    unit = probe.curve_label or "steps"
+
+    def reaches(curve: Iterable[tuple[float, float]]) -> float | None:
+        return next((x for x, y in sorted(curve) if measured(y) and y >= probe.before / 2), None)
+
+    soon, late = reaches(after), reaches(gold or [])
+    if soon is None:
+        return f"It stays below half of what the original knew up to {number(max(x for x, _ in after))} {unit}."
+    text = f"Half of what the original knew is there at {number(soon)} {unit}"
+    if not gold:
+        return text + "."
+    return f"{text}; gold {f'needs {number(late)}' if late is not None else 'does not get there'}."
+
+
+def facts(evidence: Evidence) -> list[tuple[str, str]]:
+    """The line of key facts under the verdict."""
+    request, method = evidence.request, evidence.method
+    names = {role: [m["name"] for m in evidence.models if m.get("role") == role] for role in ROLES}
+    scope = method.get("scope")
+    scope = scope.get("form", scope) if isinstance(scope, dict) else scope
+    golds = len(names["gold"])
+    kind = request.get("gold_kind") or "exact"
+    usable = sum(probe.informative for probe in evidence.probes)
+    rows, entities = (request.get(key) or {} for key in ("rows", "entities"))
+    forget = f"{plain(rows['forget'])} rows" if isinstance(rows, dict) and "forget" in rows else ""
+    if isinstance(entities, dict) and "forget" in entities:
+        forget += f" about {plain(entities['forget'])} entities"
+    found = [
+        ("To forget", forget),
+        ("Reason", str(request.get("reason") or "")),
+        ("Model", listing(names["before"])) if names["before"] else ("Model", ""),
+        ("Method", str(method.get("name") or "")),
+        ("May change", plain(scope) if scope else ""),
+        ("Gold", f"{golds} {kind} model{'s' * (golds != 1)}" if golds else "none"),
+        ("Probes", f"{usable} usable of {len(evidence.probes)}"),
+        ("Took", duration(total_seconds(evidence.cost))),
+    ]
+    return [(name, text) for name, text in found if text and text != NOT_MEASURED]
+
+
+def total_seconds(cost: dict[str, Any]) -> float:
+    if measured(cost.get("seconds")):
+        return cost["seconds"]
+    spent = [phase["seconds"] for phase in cost.values() if isinstance(phase, dict) and measured(phase.get("seconds"))]
+    return sum(spent) if spent else math.nan
+
+
+# The plots
+
+
+def mean(values: list[float]) -> float:
+    values = [value for value in values if measured(value)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def three(before: Any, after: Any, gold: Any, show: Any) -> str:
+    """What a screen reader says of one row."""
+    said = zip(ROLES, (before, after, gold))
+    return ", ".join(f"{role} {with_interval(v, show) if isinstance(v, Interval) else show(v)}" for role, v in said)
+
+
+def probe_row(probe: Judged) -> dict[str, Any]:
+    gold = mean(probe.gold)
+    return {
+        "label": label(probe.attack),
+        "track": tracks.dots(probe.before, probe.after, gold, three(probe.before, probe.after, gold, percent)),
+        "value": percent(probe.after),
+        "flag": "",
+    }
+
+
+def drawable(m: Measured) -> bool:
+    """Whether the metric fits the common scale of 0 to 1; the others are in the table only."""
+    values = [interval.value for interval in (m.before, m.after, m.gold) if interval and measured(interval.value)]
+    return bool(values) and all(-1e-9 <= value <= 1 + 1e-9 for value in values)
+
+
+def about_forget(m: Measured) -> bool:
+    """Whether the metric reads forget rows, alone or against others (`forget + holdout`)."""
+    return "forget" in m.rows.split(" + ")
+
+
+def kept(metrics: list[Measured]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(metric, its row sets) for what the model should still know; holdout rows it never knew."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for m in metrics:
+        if not about_forget(m) and m.rows != "holdout" and drawable(m):
+            found.setdefault(label(m.metric), []).append(metric_row(m, m.rows))
+    return list(found.items())
+
+
+def metric_row(m: Measured, name: str) -> dict[str, Any]:
+    return {
+        "label": name,
+        "track": tracks.dots(m.before, m.after, m.gold, three(m.before, m.after, m.gold, number)),
+        "value": number(m.after.value) if m.after else NOT_MEASURED,
+        "flag": m.flag,
+    }
+
+
+def effect_row(effect: SideEffect) -> dict[str, Any]:
+    values = [effect.before, effect.after, effect.gold]
+    share = all(0 <= value <= 1 for value in values if measured(value))
+    change = effect.after - effect.before if measured(effect.before) and measured(effect.after) else math.nan
+    words = three(*values, percent if share else number)
+    return {
+        "label": label(effect.name),
+        "sentence": effect.sentence,
+        "n": effect.n,
+        "track": tracks.dots(
+            effect.before, effect.after, effect.gold, words, tolerance=effect.tolerance, raised=effect.raised
+        )
+        if share
+        else escape(words),
+        "before": percent(effect.before) if share else number(effect.before),
+        "after": percent(effect.after) if share else number(effect.after),
+        "gold": percent(effect.gold) if share else number(effect.gold),
+        "value": points(change) if share else number(change),
+        "tolerance": percent(effect.tolerance).removesuffix("%") if share else number(effect.tolerance),
+        "raised": effect.raised,
+        "flag": flag_words(effect.flag)[0] if effect.flag else "",
+    }
+
+
+def recovery_domain(evidence: Evidence) -> tuple[float, float]:
+    """From a little below gold to a little above the original, wider where intervals need it."""
+    values = [p.recovery for p in evidence.probes if p.recovery]
+    ends = [v for r in values for v in (r.low, r.value, r.high) if measured(v)]
+    return max(min([-0.15, *ends]), -0.6), min(max([1.1, *ends]), 1.5)
+
+
+def recovery_groups(evidence: Evidence) -> list[dict[str, Any]]:
+    """The probes by group, in the order of the groups, with their recovery or why there is none."""
+    domain = recovery_domain(evidence)
+    groups = []
+    for group in dict.fromkeys([*GROUPS, *(probe.group for probe in evidence.probes)]):
+        rows = [recovery_row(p, threshold(evidence), domain) for p in evidence.probes if p.group == group]
+        if rows:
+            groups.append({"label": GROUPS.get(group, label(group)), "group": group, "rows": rows})
+    return groups
+
+
+def recovery_row(probe: Judged, limit: float, domain: tuple[float, float]) -> dict[str, Any]:
+    row = {"label": label(probe.attack), "why": probe.why, "track": "", "value": "", "state": ""}
+    if probe.recovery is None or not measured(probe.recovery.value):
+        return {**row, "why": probe.why or NOT_MEASURED}
+    shown = with_interval(probe.recovery, percent)
+    return {
+        **row,
+        "track": tracks.recovery(probe.recovery, f"recovery {shown}", threshold=limit, domain=domain),
+        "value": shown,
+        "state": tracks.state(probe.recovery, limit) if probe.informative else "",
+    }
+
+
+def curve_chart(probe: Judged) -> Markup:
+    lines = {role: probe.curves[role] for role in ROLES if probe.curves.get(role)}
+    ends = ", ".join(f"{role} ends at {percent(points[-1][1])}" for role, points in lines.items())
+    return charts.curves(lines, probe.curve_label, f"{label(probe.attack)} against {probe.curve_label}: {ends}")
+
+
+# The tables
+
+
+def metric_table(metrics: list[Measured]) -> list[dict[str, Any]]:
+    """Metrics with their row sets, the forget set first."""
+    groups: dict[str, list[Measured]] = {}
+    for m in sorted(metrics, key=lambda m: not about_forget(m)):
+        groups.setdefault(m.metric, []).append(m)
+    return [{"label": label(name), "first": found[0], "rows": found} for name, found in groups.items()]
+
+
+def example(row: dict[str, Any]) -> dict[str, Any]:
+    answer = str(row.get("answer") or "")
+    said = [highlight(row.get(role), answer) for role in ROLES]
+    return {"question": "", "row": "", **row, "answer": answer, "set": str(row.get("set") or ""), "said": said}
+
+
+def highlight(text: str | None, answer: str) -> Markup:
+    """`text`, escaped, with `answer` marked where it occurs."""
+    if text is None:
+        return Markup('<span class="none">{}</span>').format(NOT_MEASURED)
+    if not text.strip():
+        return Markup('<span class="none">says nothing</span>')
+    if not answer:
+        return escape(text)
+    pieces = re.split(f"({re.escape(answer)})", text, flags=re.IGNORECASE)
+    return Markup("").join(
+        Markup("<mark>{}</mark>").format(piece) if i % 2 else escape(piece) for i, piece in enumerate(pieces)
+    )
+
+
+def quotes(evidence: Evidence) -> list[dict[str, str]]:
+    """One answer per attack that the verdict names: what the changed model said when the knowledge came back."""
+    found = []
+    for run in evidence.runs.get("after", []):
+        said = [item for item in run.items if item.text and measured(item.recovered) and item.recovered >= 0.5]
+        if run.attack in evidence.verdict.by and said:
+            best = max(said, key=lambda item: item.recovered)
+            found.append({"attack": in_sentence(run.attack), "entity": best.entity, "row": best.row, "text": best.text})
+    return found[:QUOTES]
+
+
+def self_test(evidence: Evidence) -> dict[str, Any]:
+    test = evidence.self_test
+    if test is None:
+        return {"state": "not run", "cases": [], "auc": "", "note": "The instrument was not tried on known models."}
+    cases = [
+        {
+            "model": case.get("model", ""),
+            "expected": verdict_words(str(case.get("expected", ""))).title,
+            "verdict": verdict_words(str(case.get("verdict", ""))).title,
+            "ok": bool(case.get("ok")),
+            "by": listing([in_sentence(name) for name in case.get("by") or []]),
+        }
+        for case in test.cases
+    ]
+    auc = ", ".join(f"{in_sentence(name)} {number(value)}" for name, value in test.auc.items())
+    return {"state": "passed" if test.passed else "failed", "cases": cases, "auc": auc, "note": test.note}
+
+
+def cost_table(cost: dict[str, Any]) -> dict[str, Any]:
+    """Phases against quantities; what is not a phase is listed beneath."""
+    phases = {name: phase for name, phase in cost.items() if isinstance(phase, dict)}
+    columns = list(dict.fromkeys(key for phase in phases.values() for key in phase))
+    return {
+        "columns": [label(column.removesuffix("_bytes").replace("seconds", "time")) for column in columns],
+        "rows": [(label(name), [plain(phase.get(c), c) for c in columns]) for name, phase in phases.items()],
+        "rest": pairs({name: value for name, value in cost.items() if name not in phases}),
+    }
+
+
+def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(heading, [(name, text)]): enough to repeat the run."""
+    method = {key: value for key, value in evidence.method.items() if key != "card"}
+    models = [
+        (f"{label(str(m.get('role', 'model')))}: {m.get('name', '')}", plain(m.get("fingerprint")))
+        for m in evidence.models
+    ]
+    request = {key: value for key, value in evidence.request.items() if key != "name"}
+    return [
+        ("Models", models),
+        ("Request", pairs(request)),
+        ("Method", pairs(method)),
+        ("Thresholds", pairs(evidence.verdict.thresholds)),
+        ("Software", [*pairs(evidence.environment), ("Evidence schema", str(evidence.schema))]),
+    ]
+
+
+def run_table(evidence: Evidence) -> list[dict[str, Any]]:
+    """What each probe was told to do and what it spent on the changed model."""
+    return [
+        {
+            "label": label(run.attack),
+            "settings": plain(run.settings),
+            "budget": plain(run.budget),
+            "scores": ", ".join(f"{role} {percent(score)}" for role, score in _scores(evidence, run.attack)),
+            "status": "" if run.status == "scored" else run.status,
+            "note": run.note,
+        }
+        for run in evidence.runs.get("after", [])
+    ]
+
+
+def _scores(evidence: Evidence, attack: str) -> list[tuple[str, float]]:
+    return [(role, run.score) for role, runs in evidence.runs.items() for run in runs if run.attack == attack]
