@@ -122,7 +122,7 @@ def test_schema_is_json(capsys) -> None:
         (["run", "r.yaml", "--set", "beta"], r"error E320: --set 'beta' is not of the form name=value.*"),
         (["run", "r.yaml", "--set", "beta=[1"], r"error E320: --set .* is not a YAML value.*"),
         (["run", "r.yaml", "--require", "removed"], r"error E310: --require: no verdict is called 'removed'.*"),
-        (["audit", "m", "--request", "r.yaml", "--set", "beta=1"], r"error E320: --set beta: an audit has no method.*"),
+        (["audit", "m", "--request", "r.yaml", "--set", "beta=1"], r"error E320: --set beta: an audit sets.*"),
         (["compare", "one"], r"error E010: .*at least two runs.*"),
         (["compare", "absent-1", "absent-2"], r"error E500: absent-1/evidence\.json is not a readable.*"),
         (["delta", "show", "absent"], r"error E420: .*absent.*"),

@@ -138,7 +138,7 @@ def audit(
     settings, fields = _split(set_)
     if settings:
         raise ParameterError(
-            f"--set {next(iter(settings))}: an audit has no method to set; fields of the request have a dot, audit.seed=3"
+            f"--set {next(iter(settings))}: an audit sets no method; a field of the request has a dot, audit.seed=3"
         )
     load_plugins(plugin)
     read = _load(request, fields)
