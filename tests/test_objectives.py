@@ -163,6 +163,28 @@ def test_chunks_of_the_vocabulary_axis_change_nothing(case, monkeypatch):
     assert torch.allclose(gradient_whole, gradient_parts, atol=1e-12)
 
 
+@pytest.mark.parametrize("kept", [1 << 26, 0])
+def test_the_linear_head_has_the_gradients_of_autograd(monkeypatch, kept):
+    from expunge.subjects import head
+
+    monkeypatch.setattr(head, "KEEP_ELEMENTS", kept)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * V)
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((8, 5), (V, 5), (V,)))
+    target = torch.randint(V, (8,), generator=generator)
+    scale = torch.randn(8, generator=generator)
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    ours = head.linear_logprob(hidden, weight, bias, target)
+    expected = (hidden @ weight.T + bias).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    assert torch.allclose(ours, expected, atol=1e-6)
+    found = torch.autograd.grad((ours * scale).sum(), inputs)
+    wanted = torch.autograd.grad((expected * scale).sum(), inputs)
+    for a, b in zip(found, wanted):
+        assert torch.allclose(a, b, atol=1e-5)
+    frozen = torch.autograd.grad(head.linear_logprob(hidden, weight.detach(), None, target).sum(), hidden)
+    assert frozen[0].shape == hidden.shape
+
+
 def test_aliases_are_configurations_of_one_objective():
     assert registry.get("methods", "grad_diff").resolve()["retain"] == "nll"
     assert registry.get("methods", "kl_minimisation").resolve()["retain"] == "kl"

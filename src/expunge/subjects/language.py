@@ -303,6 +303,16 @@ class LanguageModel:
         return self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
     @cached_property
+    def linear_head(self) -> nn.Linear | None:
+        """The LM head where logits are nothing but its product with hidden states; None where caps or scales follow."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return None
+        with torch.no_grad():
+            example = torch.linspace(-3, 3, 2 * head.in_features, device=self.device, dtype=self.dtype).view(2, -1)
+            return head if torch.equal(self.head(example), head(example)) else None
+
+    @cached_property
     def _head(self) -> nn.Module:
         decoder = self.decoder
         path = next(name for name, module in self.model.named_modules() if module is decoder).split(".")

@@ -163,6 +163,7 @@ def _sides(
             head=subject.head,
             frozen_head=frozen_head,
             vocabulary=subject.vocabulary,
+            linear_head=subject.linear_head,
             constants={key: torch.cat([row[key] for row in stored]) for key in (stored[0] if stored else {})},
         )
         start = stop

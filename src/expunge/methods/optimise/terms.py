@@ -11,8 +11,10 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ...subjects.head import linear_logprob
 
 RetainTerm = Literal["none", "nll", "kl"]
 """none; nll: likelihood of retain answers (GDR); kl: stay with the start model on them (KLR)."""
@@ -42,6 +44,8 @@ class Side:
     frozen_head: Head
     """The start model's head: the same one unless the scope moves it."""
     vocabulary: int
+    linear_head: nn.Linear | None = None
+    """The head's weights where it is a plain linear layer."""
     constants: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -52,6 +56,8 @@ class Side:
     @cached_property
     def token_logprob(self) -> Tensor:
         """(T,) log-probability of each answer token, fp32."""
+        if self.linear_head is not None:
+            return linear_logprob(self.hidden, self.linear_head.weight, self.linear_head.bias, self.target)
         return chunked(lambda h, t: token_logprob(self.head, h, t), self.hidden, self.target, self.vocabulary)
 
     @cached_property

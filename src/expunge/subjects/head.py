@@ -1,0 +1,83 @@
+"""Log-probabilities of answer tokens through a linear LM head, without a graph over the vocabulary.
+
+Autograd's own path holds logits, log-softmax and their gradients at once, and a whole weight gradient for every chunk.
+Here one buffer of logits becomes its own gradient in place, and the weight gradient is added to chunk by chunk. Where
+even one buffer is too large, chunks are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+KEEP_ELEMENTS = 1 << 26
+"""Logits kept from the forward to the backward pass (256 MiB in fp32); beyond, they are recomputed."""
+CHUNK_ELEMENTS = 1 << 23
+"""Logits of one chunk when they are recomputed."""
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        keep = hidden.shape[0] * weight.shape[0] <= KEEP_ELEMENTS
+        if keep:
+            size = max(1, hidden.shape[0])
+        values, normalisers, kept = [], [], None
+        for h, t in zip(hidden.split(size), target.split(size)):
+            logits = F.linear(h, weight, bias).float()
+            normaliser = _logsumexp(logits)
+            values.append(logits.gather(1, t[:, None])[:, 0] - normaliser)
+            normalisers.append(normaliser)
+            kept = logits if keep and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normalisers))
+        ctx.size, ctx.kept = size, kept
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        size, kept, ctx.kept = ctx.size, ctx.kept, None
+        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        to_hidden = torch.empty_like(hidden) if wants_hidden else None
+        to_weight = torch.zeros_like(weight) if wants_weight else None
+        to_bias = torch.zeros_like(bias) if wants_bias else None
+        for start in range(0, hidden.shape[0], size):
+            part = slice(start, start + size)
+            h, t = hidden[part], target[part]
+            z = kept if kept is not None else F.linear(h, weight, bias).float()
+            # d logprob / d logits = onehot - softmax, built in the logits' own memory.
+            z.sub_(normaliser[part, None]).exp_().neg_()
+            z.scatter_add_(1, t[:, None], torch.ones_like(z[:, :1]))
+            z.mul_(gradients[0][part, None])
+            z = z.to(hidden.dtype)
+            if to_hidden is not None:
+                to_hidden[part] = z @ weight
+            if to_weight is not None:
+                to_weight.addmm_(z.T, h)
+            if to_bias is not None:
+                to_bias += z.sum(0)
+        return to_hidden, to_weight, to_bias, None
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """(n,) normalisers; row blocks small enough to stay in cache, where torch.logsumexp is slow on wide rows."""
+    rows = max(1, (1 << 20) // logits.shape[1])
+    parts = []
+    for block in logits.split(rows):
+        top = block.amax(1, keepdim=True)
+        parts.append((block - top).exp_().sum(1).log_() + top[:, 0])
+    return torch.cat(parts)
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """(T,) fp32 log-probabilities of `target` (T,) under softmax(hidden @ weight.T + bias).
+
+    hidden (T, d), weight (V, d), bias (V,) or None. Differentiable once, in hidden, weight and bias.
+    """
+    if not len(target):
+        return hidden.new_zeros(0, dtype=torch.float32)
+    return _LinearLogprob.apply(hidden, weight, bias, target)  # type: ignore[no-any-return]
