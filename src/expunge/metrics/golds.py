@@ -17,7 +17,7 @@ def golds_of(view: View) -> list[View]:
         NotApplicable: there is none.
     """
     if not view.golds:
-        raise NotApplicable("there is no gold model (one trained without the forget rows) to compare with")
+        raise NotApplicable(f"{view.name} has no other model to be compared with that was trained without the forget rows (gold)")
     return list(view.golds)
 
 

@@ -49,7 +49,9 @@ def measure(
 
 def default_metrics(view: View) -> list[tuple[str, Mapping[str, Any]]]:
     """Every registered metric as it is set by default, and the basic ones on the other row sets too."""
-    asked: list[tuple[str, Mapping[str, Any]]] = [(part.name, {}) for part in registry.parts("metrics")]
+    asked: list[tuple[str, Mapping[str, Any]]] = [
+        (part.name, {}) for part in registry.parts("metrics") if "language" in part.card.modality
+    ]
     elsewhere = [rows for rows in view.rows if view.rows[rows] and rows != "forget"]
     return asked + [(name, {"rows": rows}) for rows in elsewhere for name in EVERYWHERE]
 

@@ -23,18 +23,17 @@ OVER = 50.0
 
 def auc_of(members: np.ndarray, others: np.ndarray) -> Aggregate:
     """AUC under weights over members and others together; ties count half."""
-    both = np.concatenate([members, others])
-    order = np.argsort(both, kind="stable")
-    starts = np.flatnonzero(np.append(True, np.diff(both[order]) != 0))
-    is_member = (order < len(members)).astype(np.float64)
+    order = np.argsort(others, kind="stable")
+    # Others that score lower than each member, without and with those that score the same.
+    lower = np.searchsorted(others[order], members, side="left")
+    not_higher = np.searchsorted(others[order], members, side="right")
 
     def auc(weights: np.ndarray) -> np.ndarray:
-        ordered = weights[:, order]
-        member = np.add.reduceat(ordered * is_member, starts, axis=1)
-        other = np.add.reduceat(ordered * (1 - is_member), starts, axis=1)
-        total = other.sum(axis=1)
-        above = total[:, None] - np.cumsum(other, axis=1)
-        return (member * (above + other / 2)).sum(axis=1) / (member.sum(axis=1) * total)
+        member, other = weights[:, : len(members)], weights[:, len(members) :]
+        below = np.zeros((len(weights), len(others) + 1))
+        np.cumsum(other[:, order], axis=1, out=below[:, 1:])
+        pairs = np.einsum("dm,dm->d", member, below[:, lower] + below[:, not_higher]) / 2
+        return 1 - pairs / (member.sum(axis=1) * below[:, -1])
 
     return auc
 

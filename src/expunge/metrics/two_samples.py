@@ -10,22 +10,23 @@ from .values import Aggregate
 
 
 def _gap(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, Aggregate]:
-    """(distinct values, function from weights to F_first - F_second just after each of them, (draws, values))."""
+    """(all values in order, function from weights to F_first - F_second after each of them, (draws, 2 rows))."""
     both = np.concatenate([first, second])
     order = np.argsort(both, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(both[order]) != 0, True))
+    sign, row = np.where(order < len(first), 1.0, -1.0), order % len(first)
 
     def gap(weights: np.ndarray) -> np.ndarray:
-        shares = weights / weights.sum(axis=1, keepdims=True)
-        return np.cumsum(np.concatenate([shares, -shares], axis=1)[:, order], axis=1)[:, ends]
+        return np.cumsum(weights[:, row] * sign, axis=1) / weights.sum(axis=1, keepdims=True)
 
-    return both[order][ends], gap
+    return both[order], gap
 
 
 def ks_distance(first: np.ndarray, second: np.ndarray) -> Aggregate:
     """The largest distance D between the distributions of two samples whose rows are drawn together."""
-    _, gap = _gap(first, second)
-    return lambda weights: np.abs(gap(weights)).max(axis=1)
+    values, gap = _gap(first, second)
+    # Equal values are one step of the distribution.
+    ends = np.append(np.diff(values) != 0, True)
+    return lambda weights: np.abs(gap(weights)).max(axis=1, where=ends, initial=0.0)
 
 
 def wasserstein(first: np.ndarray, second: np.ndarray) -> Aggregate:
