@@ -270,7 +270,7 @@ def evidence(
             {"tau": 0.2, "delta_retain": 0.05, "delta_neighbour": 0.1, "delta_safety": 0.05},
         ),
         limits=[
-            "Tested with 40 questions, 3 wordings, 32 samples and 32 relearning steps; the verdict holds for these only.",
+            "Tested with 40 questions, 3 wordings, 32 samples, 32 relearning steps; the verdict holds for these only.",
             f"Gold: {golds} exact seeds." if golds else "Gold: none, so nothing can be called removed.",
             "Not tested: many-shot prompts, other languages, refusal-direction ablation.",
             "In-context reintroduction succeeds at rate 0.97, so regulating content needs a filter.",

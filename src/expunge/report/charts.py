@@ -104,8 +104,8 @@ class Spot(NamedTuple):
 
 def frontier(spots: Sequence[Spot], words: str, x_label: str, y_label: str) -> Markup:
     """Utility kept to the right, forgetting upwards: a ring where asked directly, a disc under the strongest attack."""
-    width, height, left, right, top, bottom = 720.0, 400.0, 56.0, 540.0, 18.0, 346.0
-    low = min([0.5, *(math.floor(10 * spot.utility) / 10 for spot in spots)])
+    width, height, left, right, top, bottom = 720.0, 370.0, 56.0, 560.0, 12.0, 324.0
+    low = min([0.9, *(math.floor(10 * spot.utility) / 10 for spot in spots)])
     high = max([1.0, *(math.ceil(20 * spot.utility) / 20 for spot in spots)])
 
     def place_x(value: float) -> float:

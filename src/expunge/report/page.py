@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from ..evidence import Evidence, Interval, Judged, Measured, SideEffect
 from . import charts, tracks
+from .headline import facts, judgement, speed, threshold
 from .words import (
     GROUPS,
     NOT_MEASURED,
     ROLES,
-    duration,
     flag_words,
     in_sentence,
     label,
@@ -45,10 +44,14 @@ def content(evidence: Evidence) -> dict[str, Any]:
         "forgotten": [metric_row(m, label(m.metric)) for m in evidence.metrics if about_forget(m) and drawable(m)],
         "kept": kept(evidence.metrics),
         "effects": [effect_row(effect) for effect in evidence.side_effects],
-        "golds": sum(model.get("role") == "gold" for model in evidence.models),
+        "golds": _golds(evidence),
         "recovery": recovery_groups(evidence),
         "recovery_scale": tracks.scale(
-            [(0, "gold"), (threshold(evidence), percent(threshold(evidence))), (1, "original")],
+            [
+                (0, "gold" if _golds(evidence) else "0%"),
+                (threshold(evidence), percent(threshold(evidence))),
+                (1, "original"),
+            ],
             recovery_domain(evidence),
         ),
         "caveats": [(label(probe.attack), probe.caveat) for probe in evidence.probes if probe.caveat],
@@ -69,126 +72,12 @@ def content(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def threshold(evidence: Evidence) -> float:
-    return evidence.verdict.thresholds.get("tau", 0.2)
+def _golds(evidence: Evidence) -> int:
+    return sum(model.get("role") == "gold" for model in evidence.models)
 
 
 def spoke(probe: Judged) -> bool:
     return any(measured(value) for value in (probe.before, probe.after, *probe.gold))
-
-
-# The verdict
-
-
-def headline(evidence: Evidence) -> str:
-    """The verdict and every flag, in one line: a collapsed model passes every attack, so they are read together."""
-    return " · ".join([verdict_words(evidence.verdict.verdict).title, *flags(evidence)])
-
-
-def flags(evidence: Evidence) -> list[str]:
-    return [flag_words(flag)[0] for flag in evidence.verdict.flags]
-
-
-def judgement(evidence: Evidence) -> dict[str, Any]:
-    words = verdict_words(evidence.verdict.verdict)
-    flagged = [(name, meaning) for name, meaning, _ in map(flag_words, evidence.verdict.flags)]
-    actions = [words.action, *(flag_words(flag)[2] for flag in evidence.verdict.flags)]
-    return {
-        "words": words,
-        "headline": headline(evidence),
-        "flags": flagged,
-        "back": brings_back(evidence),
-        "actions": [action for action in actions if action],
-    }
-
-
-def brings_back(evidence: Evidence) -> list[tuple[str, str]]:
-    """(what, how much): the probes that the verdict names, or the strongest one where it names none."""
-    judged = {probe.attack: probe for probe in evidence.probes}
-    found = []
-    for attack in evidence.verdict.by:
-        probe = judged.get(attack)
-        much = f"{with_interval(probe.recovery, percent)} comes back" if probe and probe.recovery else ""
-        found.append((label(attack), ". ".join(filter(None, (much, speed(probe) if probe else "")))))
-    if found:
-        return found
-    strongest = worst(evidence)
-    if strongest is None:
-        return [("Not known", "No attack gave a usable measurement.")]
-    tried = sum(probe.informative and probe.group != "reintroduce" for probe in evidence.probes)
-    value = with_interval(strongest.recovery, percent)
-    many = "the one usable attack" if tried == 1 else f"{tried} usable attacks"
-    if evidence.verdict.verdict == "inconclusive":
-        return [("Not settled", f"The most that {many} got back: {value}, by {in_sentence(strongest.attack)}.")]
-    return [
-        (
-            "Nothing tried here",
-            f"The most that {many} got back: {value}, by {in_sentence(strongest.attack)}; "
-            f"more than {percent(threshold(evidence))} would count.",
-        )
-    ]
-
-
-def worst(evidence: Evidence) -> Judged | None:
-    """The informative probe that recovers most; telling the model again in the prompt does not count."""
-    usable = [
-        probe
-        for probe in evidence.probes
-        if probe.informative and probe.group != "reintroduce" and probe.recovery and measured(probe.recovery.value)
-    ]
-    return max(usable, key=lambda probe: probe.recovery.value) if usable else None
-
-
-def speed(probe: Judged) -> str:
-    """How soon the curve of an attack reaches half of what the original knows."""
-    after, gold = probe.curves.get("after"), probe.curves.get("gold")
-    if not after or not measured(probe.before) or probe.before <= 0:
-        return ""
-    unit = probe.curve_label or "steps"
-
-    def reaches(curve: Iterable[tuple[float, float]]) -> float | None:
-        return next((x for x, y in sorted(curve) if measured(y) and y >= probe.before / 2), None)
-
-    soon, late = reaches(after), reaches(gold or [])
-    if soon is None:
-        return f"It stays below half of what the original knew up to {number(max(x for x, _ in after))} {unit}."
-    text = f"Half of what the original knew is there at {number(soon)} {unit}"
-    if not gold:
-        return text + "."
-    return f"{text}; gold {f'needs {number(late)}' if late is not None else 'does not get there'}."
-
-
-def facts(evidence: Evidence) -> list[tuple[str, str]]:
-    """The line of key facts under the verdict."""
-    request, method = evidence.request, evidence.method
-    names = {role: [m["name"] for m in evidence.models if m.get("role") == role] for role in ROLES}
-    scope = method.get("scope")
-    scope = scope.get("form", scope) if isinstance(scope, dict) else scope
-    golds = len(names["gold"])
-    kind = request.get("gold_kind") or "exact"
-    usable = sum(probe.informative for probe in evidence.probes)
-    rows, entities = (request.get(key) or {} for key in ("rows", "entities"))
-    forget = f"{plain(rows['forget'])} rows" if isinstance(rows, dict) and "forget" in rows else ""
-    if isinstance(entities, dict) and "forget" in entities:
-        forget += f" about {plain(entities['forget'])} entities"
-    found = [
-        ("To forget", forget),
-        ("Reason", str(request.get("reason") or "")),
-        ("Model", listing(names["before"])) if names["before"] else ("Model", ""),
-        ("Method", str(method.get("name") or "")),
-        ("May change", plain(scope) if scope else ""),
-        ("Gold", f"{golds} {kind} model{'s' * (golds != 1)}" if golds else "none"),
-        ("Probes", f"{usable} usable of {len(evidence.probes)}"),
-        ("Took", duration(total_seconds(evidence.cost))),
-    ]
-    return [(name, text) for name, text in found if text and text != NOT_MEASURED]
-
-
-def total_seconds(cost: dict[str, Any]) -> float:
-    if measured(cost.get("seconds")):
-        return cost["seconds"]
-    spent = [phase["seconds"] for phase in cost.values() if isinstance(phase, dict) and measured(phase.get("seconds"))]
-    return sum(spent) if spent else math.nan
 
 
 # The plots
@@ -248,7 +137,7 @@ def effect_row(effect: SideEffect) -> dict[str, Any]:
     values = [effect.before, effect.after, effect.gold]
     share = all(0 <= value <= 1 for value in values if measured(value))
     change = effect.after - effect.before if measured(effect.before) and measured(effect.after) else math.nan
-    words = three(*values, percent if share else number)
+    words = three(effect.before, effect.after, effect.gold, percent if share else number)
     return {
         "label": label(effect.name),
         "sentence": effect.sentence,
@@ -286,10 +175,17 @@ def recovery_groups(evidence: Evidence) -> list[dict[str, Any]]:
     return groups
 
 
+def unusable(probe: Judged) -> str:
+    """Why a probe says nothing about recovery."""
+    if probe.why.startswith("skipped"):
+        return probe.why
+    return f"not usable: {probe.why}" if probe.why else NOT_MEASURED
+
+
 def recovery_row(probe: Judged, limit: float, domain: tuple[float, float]) -> dict[str, Any]:
     row = {"label": label(probe.attack), "why": probe.why, "track": "", "value": "", "state": ""}
     if probe.recovery is None or not measured(probe.recovery.value):
-        return {**row, "why": probe.why or NOT_MEASURED}
+        return {**row, "why": unusable(probe)}
     shown = with_interval(probe.recovery, percent)
     return {
         **row,
@@ -336,14 +232,16 @@ def highlight(text: str | None, answer: str) -> Markup:
     )
 
 
-def quotes(evidence: Evidence) -> list[dict[str, str]]:
+def quotes(evidence: Evidence) -> list[dict[str, Any]]:
     """One answer per attack that the verdict names: what the changed model said when the knowledge came back."""
+    answers = {str(row.get("row")): str(row.get("answer") or "") for row in evidence.examples}
     found = []
     for run in evidence.runs.get("after", []):
         said = [item for item in run.items if item.text and measured(item.recovered) and item.recovered >= 0.5]
         if run.attack in evidence.verdict.by and said:
             best = max(said, key=lambda item: item.recovered)
-            found.append({"attack": in_sentence(run.attack), "entity": best.entity, "row": best.row, "text": best.text})
+            text = highlight(best.text, answers.get(best.row, ""))
+            found.append({"attack": in_sentence(run.attack), "entity": best.entity, "row": best.row, "text": text})
     return found[:QUOTES]
 
 

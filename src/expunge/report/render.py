@@ -6,6 +6,7 @@ import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from .page import mean, unusable
 from .words import DIRECTIONS, label, number, percent, with_interval
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def _environment() -> Environment:
         "percent": percent,
         "label": label,
         "md": markdown,
-        "mean": _mean,
+        "mean": mean,
+        "unusable": unusable,
         "interval": with_interval,
         "interval_percent": lambda interval: with_interval(interval, percent),
     }
@@ -43,9 +45,3 @@ def markdown(value: object) -> str:
     """Text that means nothing special in Markdown, in HTML or in a table."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w)|^[#+-])", r"\\\1", text)
-
-
-def _mean(values: list[float]) -> float:
-    from .page import mean
-
-    return mean(values)

@@ -79,8 +79,9 @@ def dots(
         if isinstance(mark, Interval) and measured(mark.low) and measured(mark.high):
             parts.append(span(mark.low, mark.high, domain, f"{role} interval", 5))
     for role in ("before", "gold", "after"):
-        if values[role] is not None:
-            parts.append(marker(role, values[role], domain, "raised" if raised and role == "after" else ""))
+        value = values[role]
+        if value is not None:
+            parts.append(marker(role, value, domain, "raised" if raised and role == "after" else ""))
     return svg(parts, words)
 
 

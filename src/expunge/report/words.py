@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from ..evidence import Interval
 
@@ -59,7 +59,7 @@ VERDICTS = {
     "inconclusive": VerdictWords(
         "Inconclusive",
         "The measurements do not allow a judgement either way.",
-        "Give the audit what it lacks, named below, and run it again. Until then, treat the knowledge as present.",
+        "Give the audit what it lacks, named above, and run it again. Until then, treat the knowledge as present.",
         "open",
         "?",
     ),
@@ -158,8 +158,9 @@ def in_sentence(name: str) -> str:
     return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
 
-def measured(value: float | None) -> bool:
-    return value is not None and isinstance(value, int | float) and math.isfinite(value)
+def measured(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a figure: not None, not NaN, not infinite."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def number(value: float | None) -> str:
@@ -230,13 +231,10 @@ def size(count: float | None) -> str:
     """Bytes, in decimal units."""
     if not measured(count):
         return NOT_MEASURED
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while abs(count) >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.0f} {units[0]}" if count >= 10 or units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 def plain(value: Any, key: str = "") -> str:
