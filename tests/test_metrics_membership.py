@@ -74,6 +74,14 @@ def test_privleak_by_hand():
     assert found.extra["privacy"] == pytest.approx(0.5)
 
 
+def test_privleak_is_relative_to_what_gold_leaves_and_not_symmetric():
+    gold = tables([1, 3], [2, 4])  # AUC 0.75, so a = 0.25
+    assert mia_loss(replace(tables([1, 1], [2, 2]), golds=[gold])).extra["privleak"] == pytest.approx(-100)
+    found = mia_loss(replace(tables([2, 2], [2, 2]), golds=[gold]))
+    assert found.extra["privleak"] == pytest.approx(100)
+    assert found.extra["privacy"] == pytest.approx(2 / 3)
+
+
 def test_gold_leaks_nothing_and_full_knowledge_is_minus_hundred():
     gold = tables([1, 3], [2, 2])
     assert mia_loss(replace(gold, golds=[gold])).extra["privleak"] == 0
