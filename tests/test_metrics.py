@@ -227,6 +227,7 @@ def test_a_model_against_itself_has_forget_quality_one():
     assert "is it the same model" in found.flag
 
 
+@pytest.mark.filterwarnings("ignore:ks_2samp")
 @given(FAMILY, FAMILY)
 @settings(max_examples=40, deadline=None)
 def test_forget_quality_equals_scipy_and_forgets_the_order_of_rows(first, second):
