@@ -155,7 +155,7 @@ def label(name: str) -> str:
 def in_sentence(name: str) -> str:
     """`label` for the middle of a sentence: acronyms stay as they are."""
     text = label(name)
-    return text if text[:2].isupper() else text[:1].lower() + text[1:]
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
 def measured(value: Any) -> TypeGuard[float]:
