@@ -579,10 +579,10 @@ class LanguageModel:
         """Logits (..., V) in float32 of residual-stream states (..., d): final norm, then head."""
         from .anatomy import anatomy
 
-        norm = anatomy(self.model).final_norm
+        parts = anatomy(self.model)
         flat = hidden.reshape(-1, hidden.shape[-1]).to(self.device, self.dtype)
-        if norm is not None:
-            flat = norm[1](flat)
+        for part in (parts.final_norm, parts.narrowing):
+            flat = part[1](flat) if part is not None else flat
         return self.head(flat).float().reshape(*hidden.shape[:-1], -1)
 
 
