@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -175,3 +176,20 @@ def test_bad_logs_are_named(tmp_path: Path):
     twice["generated_text"]["5"] = twice["generated_text"]["0"]
     with pytest.raises(TableError, match=r"question '\[INST\] question 0 \[/INST\]' occurs twice"):
         tofu_logs.read(log(tmp_path / "twice.json", forget=twice))
+
+
+def test_the_script_prints_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    spec = importlib.util.spec_from_file_location("script", Path(__file__).parents[1] / "benchmarks" / "tofu_logs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with pytest.raises(SystemExit, match="name the gold log"):
+        script.main(tmp_path)
+    log(tmp_path / "full.eval_log_aggregated.json")
+    log(tmp_path / "retain90.eval_log_aggregated.json", forget=section(6, worse=1.5))
+    log(tmp_path / "retain99.eval_log_aggregated.json", forget=section(5, offset=40))
+    script.main(tmp_path)
+    printed = capsys.readouterr().out
+    assert "Against retain90.eval_log_aggregated.json" in printed
+    assert "| full, retain90 | 6 | 1.000 | -2.66 |" in printed
+    assert "| full, retain99 | 0 | - | - | - |" in printed
+    assert "- full.eval_log_aggregated.json: rouge1 0.0e+00" in printed
