@@ -17,7 +17,9 @@ def golds_of(view: View) -> list[View]:
         NotApplicable: there is none.
     """
     if not view.golds:
-        raise NotApplicable(f"{view.name} has no other model to be compared with that was trained without the forget rows (gold)")
+        raise NotApplicable(
+            f"{view.name} has no other model to be compared with that was trained without the forget rows (gold)"
+        )
     return list(view.golds)
 
 
