@@ -23,6 +23,9 @@ from .words import (
     with_interval,
 )
 
+SHOWN = 3
+"""Attacks beside the verdict; all of them are in the plot."""
+
 
 def threshold(evidence: Evidence) -> float:
     return evidence.verdict.thresholds.get("tau", 0.2)
@@ -53,11 +56,14 @@ def judgement(evidence: Evidence) -> dict[str, Any]:
 def brings_back(evidence: Evidence) -> list[tuple[str, str]]:
     """(what, how much): the probes that the verdict names, or the strongest one where it names none."""
     judged = {probe.attack: probe for probe in evidence.probes}
+    named = sorted(evidence.verdict.by, key=lambda attack: -_recovered(judged.get(attack)))
     found = []
-    for attack in evidence.verdict.by:
+    for attack in named[:SHOWN]:
         probe = judged.get(attack)
         much = f"{with_interval(probe.recovery, percent)} comes back" if probe and probe.recovery else ""
         found.append((label(attack), ". ".join(filter(None, (much, speed(probe) if probe else "")))))
+    if named[SHOWN:]:
+        found.append((f"{len(named) - SHOWN} more", listing([in_sentence(attack) for attack in named[SHOWN:]])))
     if found:
         return found
     strongest = worst(evidence)
@@ -75,6 +81,10 @@ def brings_back(evidence: Evidence) -> list[tuple[str, str]]:
             f"more than {percent(threshold(evidence))} would count.",
         )
     ]
+
+
+def _recovered(probe: Judged | None) -> float:
+    return probe.recovery.value if probe and probe.recovery and measured(probe.recovery.value) else -math.inf
 
 
 def worst(evidence: Evidence) -> Judged | None:

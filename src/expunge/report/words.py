@@ -148,7 +148,7 @@ def label(name: str) -> str:
     words = [
         ACRONYMS.get(word.lower(), re.sub(r"^(\d+)bit$", r"\1-bit", word)) for word in name.replace("_", " ").split()
     ]
-    text = " ".join(words)
+    text = " ".join(words).replace(" plus plus", "++")
     return text[:1].upper() + text[1:]
 
 
