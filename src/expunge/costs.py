@@ -1,0 +1,221 @@
+"""What a model's passes cost, from its structure alone: FLOPs and bytes. Works on models without weights (meta device).
+
+A matrix of n weights costs 2n FLOPs per token forward, 2n for the gradient of its weights where they move, and 2n for
+the gradient of its input where something that moves lies before it. The loop does nothing else, so nothing else is
+counted. tests/test_plan.py compares with measured passes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .subjects.anatomy import anatomy
+from .subjects.head import CHUNK_ELEMENTS, KEEP_ELEMENTS
+
+STAGES = {"attention_qkv": 0, "attention_out": 1, "router": 2, "experts": 2, "mlp_in": 2, "mlp_gate": 2, "mlp_out": 3}
+"""Where a matrix stands in its block; what moves at one stage needs the gradient at every later one."""
+
+Place = tuple[int, int]
+"""(block, stage); (-1, 0) is the embedding, (blocks, 0) the final norm, (blocks, 1) the head."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that tokens meet."""
+
+    role: str
+    at: Place
+    size: int
+    """Weights that one token meets: of experts only the chosen ones."""
+    moves: bool
+    adapter: int
+    """Weights of the LoRA adapter beside it."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is fed at once."""
+
+    tokens: int
+    pairs: int
+    """Query-key pairs of the attention; masked ones count, as they do in torch's counter."""
+    answers: tuple[int, ...]
+    """Answer tokens of every side."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A decoder as far as costs go, and what of it moves."""
+
+    matrices: tuple[Matrix, ...]
+    blocks: int
+    hidden: int
+    head: int
+    """Weights of the LM head."""
+    vocabulary: int
+    attention: int
+    """Heads times their width."""
+    inner: int
+    """Width of the MLP that one token passes, all chosen experts together."""
+    gated: bool
+    norms: int
+    """Norms in a block."""
+    first: Place | None
+    """Where the first thing that moves stands; None where nothing moves."""
+    head_moves: bool
+    total: int
+    """Parameters, tied ones once."""
+    moved: int
+    """Parameters that move, with adapters."""
+    item: int
+    """Bytes of a stored weight."""
+
+    def after(self, *at: int) -> bool:
+        """Whether something that moves stands before `at`."""
+        return self.first is not None and self.first < at
+
+    # --- FLOPs -------------------------------------------------------------------------------------------------
+
+    def forward(self, fed: Pass) -> float:
+        """FLOPs of one pass without gradients, the head on answer tokens only."""
+        per_token = sum(2 * (m.size + m.adapter) for m in self.matrices)
+        attention = 4 * self.attention * fed.pairs * self.blocks
+        return per_token * fed.tokens + attention + 2 * self.head * sum(fed.answers)
+
+    def backward(self, fed: Pass) -> float:
+        """FLOPs of the backward pass, with logits that are computed again."""
+        per_token = sum(2 * m.size * (m.moves + self.after(*m.at)) + 4 * m.adapter for m in self.matrices)
+        # Five products where forward has two: the CPU and CUDA kernels compute the scores again.
+        attention = 10 * self.attention * fed.pairs * sum(self.after(block, 1) for block in range(self.blocks))
+        per_answer = 2 * self.head * (self.head_moves + self.after(self.blocks, 1))
+        again = sum(2 * self.head * n for n in fed.answers if n * self.vocabulary > KEEP_ELEMENTS)
+        return per_token * fed.tokens + attention + per_answer * sum(fed.answers) + again
+
+    # --- bytes -------------------------------------------------------------------------------------------------
+
+    def activations(self, tokens: int) -> int:
+        """Bytes kept for the backward pass by the decoder, without logits."""
+        return sum(self._kept(block) for block in range(self.blocks)) * tokens
+
+    def _kept(self, block: int) -> int:
+        """Bytes that one token leaves in one block.
+
+        Norms keep their input, attention its queries, keys, values and output, the MLP what its nonlinearity and its
+        product read; a matrix that moves also keeps its input.
+        """
+        if not self.after(block, 4):
+            return 0
+        moving = {m.at[1] for m in self.matrices if m.at[0] == block and (m.moves or m.adapter)}
+        width = 0
+        if self.after(block, 1):
+            width += self.norms * self.hidden + 4 * self.attention
+        width += (3 if self.gated else 1) * self.inner
+        width += 2 * self.hidden * (0 in moving) + self.attention * (1 in moving)
+        width += 2 * self.hidden * (2 in moving) + self.inner * (3 in moving)
+        # 16-bit models compute norms in 32 bits and keep that copy.
+        return self.item * width + (4 * self.norms * self.hidden if self.item == 2 else 0)
+
+    def logits(self, answers: Sequence[int]) -> int:
+        """Bytes of logits at their peak: kept up to a limit, else in chunks."""
+        kept = sum(4 * n * self.vocabulary for n in answers if n * self.vocabulary <= KEEP_ELEMENTS)
+        chunked = any(n * self.vocabulary > KEEP_ELEMENTS for n in answers)
+        return kept + (2 * 4 * CHUNK_ELEMENTS if chunked else 0)
+
+
+def structure(model: nn.Module, resolved: Any) -> Structure:
+    """What costs follow from: the decoder's matrices, and what of it the scope lets move.
+
+    Args:
+        model: a causal language model, with or without weights.
+        resolved: the scope, resolved on this model.
+    """
+    found = anatomy(model)
+    config = model.config.get_text_config()
+    blocks, hidden = len(found.blocks), int(config.hidden_size)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # A tied tensor moves under whichever of its names the scope gave.
+    moving = {id(parameters[name]) for name, _ in resolved.parameters}
+    adapters = _adapters(model, resolved)
+    places: list[Place] = []
+    matrices: dict[str, Matrix] = {}
+    for role, members in found.roles.items():
+        for layer, name in members:
+            owner = name.rpartition(".")[0]
+            parameter, at = parameters[name], _place(role, layer, blocks)
+            if found.narrowing and owner == found.narrowing[0]:
+                at = (blocks, 0)
+            moves, adapter = id(parameter) in moving, adapters.get(owner, 0)
+            if moves or adapter:
+                places.append(at)
+            lookup = isinstance(model.get_submodule(owner), nn.Embedding)
+            if parameter.ndim > 1 and role not in ("embedding", "lm_head") and not lookup:
+                size = round(parameter.numel() * _share(role, parameter, config))
+                # A fused gate-and-in matrix has two roles and is one matrix.
+                matrices.setdefault(name, Matrix(role, at, size, moves, adapter))
+    last = [m for m in matrices.values() if m.at[0] == blocks - 1]
+    gated = bool(found.blocks[-1].mlp_gate or found.blocks[-1].experts)
+    wide = sum(m.size for m in last if m.at[1] >= 2 and m.role != "router")
+    head = parameters[f"{found.lm_head[0]}.weight"]
+    unique = {id(p): p for p in parameters.values()}
+    return Structure(
+        matrices=tuple(matrices.values()),
+        blocks=blocks,
+        hidden=hidden,
+        head=head.numel(),
+        vocabulary=head.shape[0],
+        attention=max(m.size for m in last if m.role == "attention_out") // hidden,
+        inner=wide // hidden // (3 if gated else 2),
+        gated=gated,
+        norms=_norms(found.blocks[-1].module, hidden),
+        first=min(places, default=None),
+        head_moves=id(head) in moving,
+        total=sum(p.numel() for p in unique.values()),
+        moved=sum(p.numel() for key, p in unique.items() if key in moving) + sum(adapters.values()),
+        item=head.element_size(),
+    )
+
+
+def _place(role: str, layer: int | None, blocks: int) -> Place:
+    if role in ("embedding", "other"):
+        return (-1, 0)
+    if layer is None:
+        return (blocks, 1 if role == "lm_head" else 0)
+    # A norm that moves needs gradients up to its block's beginning, as far as we look.
+    return (layer, STAGES.get(role, -1))
+
+
+def _share(role: str, parameter: nn.Parameter, config: Any) -> float:
+    """The part of a tensor that one token meets."""
+    if role != "experts":
+        return 1.0
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = (
+        parameter.shape[0] if parameter.ndim == 3 else next(filter(None, (getattr(config, n, 0) for n in names)), 1)
+    )
+    return float(getattr(config, "num_experts_per_tok", None) or 1) / experts
+
+
+def _adapters(model: nn.Module, resolved: Any) -> dict[str, int]:
+    """Adapter weights by the name of the module they stand beside, from adapters put on a copy without weights."""
+    if resolved.lora is None:
+        return {}
+    from peft import inject_adapter_in_model
+
+    wrapped = inject_adapter_in_model(resolved.lora.config(), copy.deepcopy(model).to("meta"))
+    found: dict[str, int] = {}
+    for name, parameter in wrapped.named_parameters():
+        owner, lora, _ = name.partition(".lora_")
+        if lora:
+            found[owner] = found.get(owner, 0) + parameter.numel()
+    return found
+
+
+def _norms(block: nn.Module, hidden: int) -> int:
+    """Modules of a block whose own parameters are all vectors of the hidden size."""
+    own = [list(module.parameters(recurse=False)) for module in block.modules()]
+    return sum(1 for found in own if found and all(p.shape == (hidden,) for p in found))
