@@ -244,6 +244,8 @@ def evidence(
                 "paper": "arXiv:2404.05868",
                 "intention": "removal",
                 "summary": "Negative preference optimisation: pushes down the forget answers, bounded by a reference.",
+                "keeps": [],
+                "guarantee": "none",
                 "known_weaknesses": ["relearning", "quantisation_4bit"],
             },
             "settings": {"beta": 0.1, "retain": "nll", "retain_weight": 1.0},

@@ -29,6 +29,9 @@ from .words import (
     with_interval,
 )
 
+CARD = ("paper", "kind", "intention", "keeps", "sequential", "known_weaknesses", "guarantee")
+"""What a reader of the report needs of a method's card."""
+
 QUOTES = 3
 """Answers shown as brought back by an attack."""
 
@@ -59,7 +62,7 @@ def content(evidence: Evidence) -> dict[str, Any]:
         "curves": [
             {"title": label(probe.attack), "chart": curve_chart(probe), "words": speed(probe)}
             for probe in evidence.probes
-            if probe.curves.get("after")
+            if any(measured(y) for _, y in probe.curves.get("after", []))
         ],
         "metrics": metric_table(evidence.metrics),
         "roles": ROLES,
@@ -171,7 +174,9 @@ def recovery_groups(evidence: Evidence) -> list[dict[str, Any]]:
     for group in dict.fromkeys([*GROUPS, *(probe.group for probe in evidence.probes)]):
         rows = [recovery_row(p, threshold(evidence), domain) for p in evidence.probes if p.group == group]
         if rows:
-            groups.append({"label": GROUPS.get(group, label(group)), "group": group, "rows": rows})
+            whole = evidence.verdict.groups.get(group) if sum(bool(row["value"]) for row in rows) > 1 else None
+            value = f"max {with_interval(whole, percent)}" if whole else ""
+            groups.append({"label": GROUPS.get(group, label(group)), "value": value, "rows": rows})
     return groups
 
 
@@ -197,7 +202,7 @@ def recovery_row(probe: Judged, limit: float, domain: tuple[float, float]) -> di
 
 def curve_chart(probe: Judged) -> Markup:
     lines = {role: probe.curves[role] for role in ROLES if probe.curves.get(role)}
-    ends = ", ".join(f"{role} ends at {percent(points[-1][1])}" for role, points in lines.items())
+    ends = ", ".join(f"{role} ends at {percent(line[-1][1])}" for role, line in lines.items())
     return charts.curves(lines, probe.curve_label, f"{label(probe.attack)} against {probe.curve_label}: {ends}")
 
 
@@ -277,6 +282,7 @@ def cost_table(cost: dict[str, Any]) -> dict[str, Any]:
 def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     """(heading, [(name, text)]): enough to repeat the run."""
     method = {key: value for key, value in evidence.method.items() if key != "card"}
+    card = evidence.method.get("card") or {}
     models = [
         (f"{label(str(m.get('role', 'model')))}: {m.get('name', '')}", plain(m.get("fingerprint")))
         for m in evidence.models
@@ -286,6 +292,7 @@ def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Models", models),
         ("Request", pairs(request)),
         ("Method", pairs(method)),
+        ("What the method says of itself", pairs({key: card[key] for key in CARD if card.get(key)})),
         ("Thresholds", pairs(evidence.verdict.thresholds)),
         ("Software", [*pairs(evidence.environment), ("Evidence schema", str(evidence.schema))]),
     ]
@@ -307,4 +314,9 @@ def run_table(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def _scores(evidence: Evidence, attack: str) -> list[tuple[str, float]]:
-    return [(role, run.score) for role, runs in evidence.runs.items() for run in runs if run.attack == attack]
+    return [
+        (role, mean([item.recovered for item in run.items]))
+        for role, runs in evidence.runs.items()
+        for run in runs
+        if run.attack == attack
+    ]
