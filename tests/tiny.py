@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEXT = ["Question: where was Ilva born?\nAnswer: Tivin in the north of Carth"] * 3
 SHAPE = {
-    "vocab_size": 300,
+    "vocab_size": 304,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -31,11 +31,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
     "phi": ("PhiConfig", SHAPE),
     "phi3": ("Phi3Config", {**GROUPED, "pad_token_id": 0}),
-    "gpt2": ("GPT2Config", {"vocab_size": 300, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "gpt2": ("GPT2Config", {"vocab_size": 304, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}),
     "gpt_neo": (
         "GPTNeoConfig",
         {
-            "vocab_size": 300,
+            "vocab_size": 304,
             "hidden_size": 32,
             "num_layers": 3,
             "num_heads": 4,
@@ -48,7 +48,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": (
         "OPTConfig",
         {
-            "vocab_size": 300,
+            "vocab_size": 304,
             "hidden_size": 32,
             "ffn_dim": 64,
             "num_hidden_layers": 3,
@@ -60,9 +60,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", GROUPED),
     "falcon": (
         "FalconConfig",
-        {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False},
+        {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": False},
     ),
-    "bloom": ("BloomConfig", {"vocab_size": 300, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "bloom": ("BloomConfig", {"vocab_size": 304, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
     "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": (
         "Qwen2MoeConfig",

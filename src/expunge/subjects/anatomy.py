@@ -156,7 +156,7 @@ def _block_list(model: nn.Module) -> tuple[str, list[nn.Module]] | None:
             size = sum(p.numel() for p in module.parameters())
             if best is None or size > best[0]:
                 best = (size, name, list(module))
-    return best[1:] if best else None
+    return (best[1], best[2]) if best else None
 
 
 def _final_norm(
@@ -284,9 +284,8 @@ def _block(index: int, name: str, block: nn.Module, attention: str, seen: _Seen)
     mixing = [p for p in own if p.startswith(inside)]
     rest = [p for p in own if not p.startswith(inside)]
     matrices = [p for p in mixing if own[p].dim() == 2]
-    vectors = {p.rpartition(".")[0] for p in own if own[p].dim() == 1} - {
-        p.rpartition(".")[0] for p in own if own[p].dim() > 1
-    }
+    owners = {p: p.rpartition(".")[0] for p in own}
+    vectors = {owners[p] for p in own if own[p].dim() == 1} - {owners[p] for p in own if own[p].dim() > 1}
     width = _width(block, own, rest)
     # The way out of attention is its last matrix that gives back the width of the residual stream.
     out = next((owners[m] for m in reversed(matrices) if _gives(block, owners[m]) == width), "")
@@ -318,21 +317,17 @@ def _block(index: int, name: str, block: nn.Module, attention: str, seen: _Seen)
     gates = [o for o in pairs if o in seen.activated] if _paired(block, pairs) else []
     if _paired(block, pairs) and not gates:
         # Not seen running (experts without weights, later blocks of another kind): modules are made in this order.
-        by_parent: dict[str, list[str]] = {}
-        for o in pairs:
-            by_parent.setdefault(o.rpartition(".")[0], []).append(o)
         known = {o.rpartition(".")[2] for o in seen.activated}
-        gates = [
-            next((o for o in several if o.rpartition(".")[2] in known), several[0]) for several in by_parent.values()
-        ]
-    square = [o for o in groups if o not in leading_in and o not in leading_out]
+        for parent in dict.fromkeys(o.rpartition(".")[0] for o in pairs):
+            two = [o for o in pairs if o.rpartition(".")[0] == parent]
+            gates.append(next((o for o in two if o.rpartition(".")[2] in known), two[0]))
 
     def full(parameters: Iterable[str]) -> tuple[str, ...]:
         wanted = set(parameters)
         return tuple(f"{name}.{p}" for p in own if p in wanted)
 
-    def of(owners: Iterable[str]) -> tuple[str, ...]:
-        return full(p for owner in owners for p in groups[owner])
+    def of(holders: Iterable[str]) -> tuple[str, ...]:
+        return full(p for holder in holders for p in groups[holder])
 
     attention_vectors = [p for p in mixing if owners[p] in vectors]
     leaving = [p for p in mixing if owners[p] == out]
