@@ -243,7 +243,9 @@ def _trace(model: nn.Module, block: nn.Module) -> _Seen:
     model.eval()
     try:
         with torch.no_grad(), _plain_attention(model), watch:
-            model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=device), use_cache=False)
+            ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+            # With a mask given nothing looks into positions for packed rows, which it could not without weights.
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception:
         # Without weights, routing by value cannot run; attention comes before it.
         if device.type != "meta":

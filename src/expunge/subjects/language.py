@@ -69,11 +69,14 @@ class LanguageModel:
 
     modality = "language"
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str = "model", template: Template | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str = "model", template: Template | None = None) -> None:
         self.model = model.eval()
+        """The transformers model, an `nn.Module`."""
         self.tokenizer = tokenizer
         self.name = name
         self.template = template or Template()
+        self.base: LanguageModel | None = None
+        """The subject that a delta was applied to, where this one was made so."""
         self._mode: str | None = None
 
     # --- loading, saving, identity ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cards import MethodCard
-from ...deltas import Delta, compose
+from ...deltas import Delta
 from ...errors import RequestError, RowError
 from ...registry import Part
 from ...rows import Row
@@ -21,7 +21,7 @@ from ...subjects.language import LanguageModel, Progress
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
 from .loop import Drawn, Training, draw, references, train
-from .scope import LoraSpec, resolve
+from .scope import Resolved, resolve
 from .terms import Step
 
 
@@ -66,8 +66,7 @@ def unlearn(
     drawn = draw(rows, leading, training=training, generator=generator)
     _needs(subject, part, chosen, drawn)
 
-    working, parameters, adapters = _working_copy(subject, resolved)
-    frozen_head = subject.head
+    working, parameters = _working_copy(subject, resolved)
     key = content_key(
         subject.fingerprint,
         part.name,
@@ -83,7 +82,7 @@ def unlearn(
         lambda step: _objective(part, step, chosen),
         training,
         held_out=held_out,
-        frozen_head=frozen_head,
+        frozen_head=subject.head,
         checkpoint=folder / "checkpoint" if folder is not None and parameters else None,
         key=key,
         progress=progress,
@@ -107,7 +106,7 @@ def unlearn(
         "warnings": log.warnings,
     }
     lineage = {"method": part.name, "settings": chosen, "scope": resolved.json()["form"], "key": key}
-    return Outcome(_delta(subject, working, resolved, adapters, lineage), summary)
+    return Outcome(_delta(subject, working, resolved, lineage), summary)
 
 
 def _objective(part: Part, step: Step, settings: dict[str, Any]) -> Tensor:
@@ -201,41 +200,42 @@ def _needs(subject: LanguageModel, part: Part, settings: dict[str, Any], drawn: 
             stored[i].update(value)
 
 
-def _working_copy(subject: LanguageModel, resolved: Any) -> tuple[LanguageModel, list[nn.Parameter], list[str]]:
-    """A subject whose scope may move, sharing every other tensor with the base; its moving parameters; its adapters."""
+def _working_copy(subject: LanguageModel, resolved: Resolved) -> tuple[LanguageModel, list[nn.Parameter]]:
+    """A subject whose scope may move, sharing every other tensor with the base; and its moving parameters."""
     moving = {name for name, _ in resolved.parameters}
-    memo = {id(p): p for name, p in subject.model.named_parameters(remove_duplicate=False) if name not in moving}
-    for name, p in subject.model.named_parameters(remove_duplicate=False):
-        if name in moving:
-            memo.pop(id(p), None)
-    flags = [(p, p.requires_grad) for p in subject.model.parameters()]
-    model = copy.deepcopy(subject.model, memo)
-    working = subject.with_model(model)
-    model.requires_grad_(False)
-    adapters: list[str] = []
+    memo: dict[int, Any] = {id(p): p for name, p in subject.model.named_parameters() if name not in moving}
+    working = subject.with_model(copy.deepcopy(subject.model, memo))
+    # The base's tensors are shared, so their flags are too; they stay off, as nothing else trains a base.
+    working.model.requires_grad_(False)
     if resolved.lora is not None:
-        adapters = _add_adapters(model, resolved.lora)
-    parameters = [p for name, p in model.named_parameters() if name in moving or "lora_" in name]
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(resolved.lora.config(), working.model)
+        # Injection turns the base's own flags off; the adapters' are on.
+    parameters = []
+    for name, parameter in working.model.named_parameters():
+        # Under adapters a wrapped layer's own tensor has another name.
+        if name.replace(".base_layer.", ".") in moving or ".lora_" in name:
+            parameters.append(parameter.requires_grad_(True))
+    return working, parameters
+
+
+def _delta(subject: LanguageModel, working: LanguageModel, resolved: Resolved, lineage: dict[str, Any]) -> Delta:
+    """What moved: dense differences for the scope's tensors, A and B for adapters."""
+    before = dict(subject.model.named_parameters())
+    entries: dict[str, dict[str, Tensor]] = {}
+    moving = {name for name, _ in resolved.parameters}
+    for name, parameter in working.model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        if plain in moving and not torch.equal(before[plain], parameter):
+            entries[plain] = {"difference": (parameter.detach().float() - before[plain].detach().float()).cpu()}
     if resolved.lora is not None:
-        # Under adapters the base tensor of a wrapped layer has another name; it stays frozen unless the scope names it.
-        plain = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
-        parameters = [p for name, p in plain.items() if name in moving or ".lora_" in name]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    for parameter, flag in flags:
-        if id(parameter) not in {id(p) for p in parameters}:
-            parameter.requires_grad_(flag and False)
-    return working, parameters, adapters
-
-
-def _add_adapters(model: nn.Module, spec: LoraSpec) -> list[str]:
-    from peft import inject_adapter_in_model
-
-    inject_adapter_in_model(spec.config(), model)
-    return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
-
-
-def _delta(
-    subject: LanguageModel, working: LanguageModel, resolved: Any, adapters: list[str], lineage: dict[str, Any]
-) -> Delta:
-    raise NotImplementedError
+        for target in resolved.lora.targets:
+            layer = working.model.get_submodule(target)
+            a, b = (getattr(layer, part)["default"].weight.detach().float().cpu() for part in ("lora_A", "lora_B"))
+            if f"{target}.weight" in entries:
+                product = layer.get_delta_weight("default").detach().float().cpu()
+                entries[f"{target}.weight"]["difference"] += product
+            elif bool(b.any()):
+                entries[f"{target}.weight"] = {"A": a, "B": b, "scale": torch.tensor(float(layer.scaling["default"]))}
+    return Delta(subject.fingerprint, entries, lineage)

@@ -1,0 +1,279 @@
+"""Deltas: what a method changed, over a base that is never modified.
+
+The delta is the truth: the changed model of a run *is* base + delta, so the same file always gives the same weights.
+An entry of a delta is dense (the difference), sparse (indices and differences) or low-rank (B @ A times a scale); a
+guard's delta is its configuration. Differences are fp32 whatever the base's type.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DeltaError, MismatchError
+from .files import complete_folder
+from .subjects.language import LanguageModel
+
+FORMAT = 1
+FORMS = {"dense": {"difference"}, "low_rank": {"A", "B", "scale"}, "sparse": {"index", "value"}}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A change of some tensors of one base."""
+
+    base: str
+    """Fingerprint of the subject it was made on."""
+    entries: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Parameter name to tensors: {difference}, {A (r, in), B (out, r), scale ()} or {index (n,), value (n,)}."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    result: str = ""
+    """Fingerprint of base + delta, where known."""
+    config: dict[str, Any] | None = None
+    """A guard's name and settings; then there are no entries."""
+
+    @property
+    def kind(self) -> str:
+        """dense, low_rank, sparse, mixed, guard or empty."""
+        if self.config is not None:
+            return "guard"
+        forms = {_form(name, entry) for name, entry in self.entries.items()}
+        return forms.pop() if len(forms) == 1 else "mixed" if forms else "empty"
+
+    @staticmethod
+    def from_models(base: LanguageModel, changed: LanguageModel, names: Iterable[str] | None = None) -> Delta:
+        """The dense delta between two subjects of one shape; tensors that are equal have no entry.
+
+        Args:
+            names: parameters to look at; all of them by default.
+        """
+        before, after = (dict(subject.model.named_parameters()) for subject in (base, changed))
+        if before.keys() != after.keys():
+            odd = sorted(before.keys() ^ after.keys())[0]
+            raise MismatchError(f"the changed model has other tensors than its base, first {odd}")
+        entries = {
+            name: {"difference": (after[name].detach().float() - before[name].detach().float()).cpu()}
+            for name in (before if names is None else names)
+            if not torch.equal(before[name], after[name])
+        }
+        return Delta(base.fingerprint, entries)
+
+    def difference(self, name: str) -> Tensor:
+        """fp32 change of one tensor; sparse entries come flat with zeros elsewhere, to be viewed in its shape."""
+        entry = self.entries[name]
+        if "difference" in entry:
+            return entry["difference"]
+        if "A" in entry:
+            return float(entry["scale"]) * (entry["B"].float() @ entry["A"].float())
+        raise DeltaError(f"tensor {name}: a sparse entry has no shape of its own; apply it to a base")
+
+    def apply(self, subject: LanguageModel, scale: float = 1.0, *, check: bool = True) -> LanguageModel:
+        """base + scale x delta as a new subject; every untouched tensor is shared with the base, which stays as it is.
+
+        Args:
+            scale: share of the change; -1 moves the other way.
+            check: refuse a base with another fingerprint than the delta's.
+
+        Raises:
+            MismatchError: another base, or tensors of other names or shapes.
+        """
+        if check and self.base != subject.fingerprint:
+            raise MismatchError(
+                f"the delta was made on a base with fingerprint {self.base[:12]}, {subject.name} has "
+                f"{subject.fingerprint[:12]}; give the model it was made on"
+            )
+        if self.config is not None:
+            raise DeltaError(f"a guard's delta ({self.config.get('name')}) changes no weights; run it with its method")
+        own = dict(subject.model.named_parameters())
+        for name in self.entries:
+            if name not in own:
+                raise MismatchError(f"{subject.name} has no tensor {name}, which the delta changes")
+        memo: dict[int, Any] = {id(p): p for name, p in own.items() if name not in self.entries}
+        memo |= {id(buffer): buffer for buffer in subject.model.buffers()}
+        model = copy.deepcopy(subject.model, memo)
+        moved = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in self.entries:
+                target = moved[name]
+                change = self._change(name, target.shape).to(target.device)
+                target.copy_((own[name].float() + scale * change).to(target.dtype))
+        made = subject.with_model(model)
+        made.base = subject
+        return made
+
+    def _change(self, name: str, shape: torch.Size) -> Tensor:
+        entry = self.entries[name]
+        if "index" in entry:
+            flat = torch.zeros(shape.numel())
+            flat[entry["index"]] = entry["value"].float()
+            return flat.view(shape)
+        change = self.difference(name)
+        if change.shape == shape[::-1] and change.shape != shape and "A" in entry:
+            change = change.T  # layers that keep (in, out)
+        if change.shape != shape:
+            raise MismatchError(f"tensor {name} has shape {tuple(shape)}, the delta {tuple(change.shape)}")
+        return change
+
+    def negate(self) -> Delta:
+        """The delta that leads from the changed model back to the base."""
+        return replace(self._map(lambda t: -t), base=self.result or self.base, result=self.base)
+
+    def scaled(self, factor: float) -> Delta:
+        """The delta times a factor."""
+        return replace(self._map(lambda t: factor * t), result="")
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Delta:
+        moving = ("difference", "scale", "value")
+        entries = {
+            name: {key: function(t) if key in moving else t for key, t in entry.items()}
+            for name, entry in self.entries.items()
+        }
+        return replace(self, entries=entries)
+
+    def sparsified(self) -> Delta:
+        """The same change, with dense entries of which less than a third moves stored as indices and values."""
+        entries = {}
+        for name, entry in self.entries.items():
+            difference = entry.get("difference")
+            if difference is not None and int((difference != 0).sum()) * 3 < difference.numel():
+                flat = difference.reshape(-1)
+                index = flat.nonzero()[:, 0]
+                entry = {"index": index, "value": flat[index]}
+            entries[name] = entry
+        return replace(self, entries=entries)
+
+    def cost(self) -> dict[str, int]:
+        """`parameters`: numbers stored for the change; `bytes`: its size on disk."""
+        tensors = [t for entry in self.entries.values() for key, t in entry.items() if key not in ("scale", "index")]
+        size = sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry.values())
+        return {"parameters": sum(t.numel() for t in tensors), "bytes": size}
+
+    def save(self, folder: str | Path) -> None:
+        """Write delta.safetensors and delta.json; the folder appears when complete."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{name}::{key}": t.contiguous() for name, entry in self.entries.items() for key, t in entry.items()}
+        with complete_folder(Path(folder)) as partial:
+            save_file(tensors, partial / "delta.safetensors")
+            about = {
+                "format": FORMAT,
+                "kind": self.kind,
+                "base": self.base,
+                "result": self.result,
+                "lineage": self.lineage,
+                "config": self.config,
+                "sha256": _sha256(partial / "delta.safetensors"),
+            }
+            (partial / "delta.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @staticmethod
+    def load(folder: str | Path) -> Delta:
+        """Read a delta folder.
+
+        Raises:
+            DeltaError: it is no delta, of another format, or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "delta.json").read_text(encoding="utf-8"))
+            if about["format"] != FORMAT:
+                raise DeltaError(f"{folder} has delta format {about['format']}, this version reads {FORMAT}")
+            if _sha256(folder / "delta.safetensors") != about["sha256"]:
+                raise DeltaError(f"{folder}/delta.safetensors is damaged: its sha256 is not the one in delta.json")
+            tensors = load_file(folder / "delta.safetensors")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DeltaError(f"{folder} is not a readable delta folder: {error}") from None
+        entries: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("::")
+            entries.setdefault(name, {})[part] = tensor
+        for name, entry in entries.items():
+            _form(name, entry)
+        return Delta(about["base"], entries, about["lineage"], about["result"], about["config"])
+
+
+def _form(name: str, entry: Mapping[str, Tensor]) -> str:
+    for form, keys in FORMS.items():
+        if set(entry) == keys:
+            return form
+    raise DeltaError(f"tensor {name}: the delta holds {', '.join(sorted(entry))}, which is no known form")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def compose(deltas: Sequence[Delta]) -> Delta:
+    """One delta for several made one on top of the other, in this order.
+
+    Raises:
+        MismatchError: one was made on something else than the result of those before it.
+    """
+    if not deltas:
+        raise DeltaError("0 deltas to stack, expected at least 1")
+    for number, (first, second) in enumerate(itertools.pairwise(deltas), start=2):
+        if first.config is not None or second.config is not None:
+            raise DeltaError("a guard's delta changes no weights and cannot be stacked")
+        if first.result and second.base != first.result:
+            raise MismatchError(
+                f"delta {number} was made on {second.base[:12]}, the one before it ends at {first.result[:12]}"
+            )
+    entries: dict[str, dict[str, Tensor]] = {}
+    for name in dict.fromkeys(name for delta in deltas for name in delta.entries):
+        parts = [delta for delta in deltas if name in delta.entries]
+        if len(parts) == 1:
+            entries[name] = parts[0].entries[name]
+            continue
+        entries[name] = {"difference": torch.stack([_dense(delta, name) for delta in parts]).sum(0)}
+    lineage = {"stack": [delta.lineage for delta in deltas]}
+    return Delta(deltas[0].base, entries, lineage, deltas[-1].result)
+
+
+def _dense(delta: Delta, name: str) -> Tensor:
+    if "index" in delta.entries[name]:
+        raise DeltaError(f"tensor {name}: sparse entries cannot be stacked without a base; apply them one by one")
+    return delta.difference(name)
+
+
+def undo(subject: LanguageModel) -> LanguageModel:
+    """The subject before the last delta was applied: the base itself, bit for bit.
+
+    Raises:
+        DeltaError: no delta was applied to it.
+    """
+    if subject.base is None:
+        raise DeltaError(f"{subject.name} carries no delta to undo; negate the delta and apply it instead")
+    return subject.base
+
+
+@dataclass
+class Recorded:
+    """A working copy, and after the block what was changed in it."""
+
+    subject: LanguageModel
+    delta: Delta | None = None
+
+
+@contextmanager
+def editing(subject: LanguageModel) -> Iterator[Recorded]:
+    """Change weights of `recorded.subject` in place; afterwards `recorded.delta` is exactly what changed."""
+    recorded = Recorded(subject.copy())
+    yield recorded
+    recorded.delta = Delta.from_models(subject, recorded.subject)

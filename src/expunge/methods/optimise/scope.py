@@ -1,0 +1,275 @@
+"""Scopes: which weights may move. One small language, resolved against a model's anatomy.
+
+    all                                        every floating parameter
+    regex:model\\.layers\\.(5|6)\\.mlp\\..*       full match on parameter names
+    role:mlp_out@5-7                           an anatomy role, in a range of layers
+    layers:-2-                                 whole layers
+    lora(r=8, alpha=16, modules=mlp, layers=5-7)   adapters
+    none                                       nothing
+
+Ranges are inclusive: 5, 5-7, -7, 5-, all; negative numbers count from the end, numbers with a point are shares of the
+depth (0.5- is the upper half). Forms are joined with + and taken away with -.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ...errors import ScopeError, nearest, suggest
+from ...subjects.anatomy import Anatomy, anatomy
+
+FORMS = ("all", "none", "regex:", "role:", "layers:", "lora", "expert(")
+_SPLIT = re.compile(r"\s*([+-])\s*(?=all\b|none\b|regex:|role:|layers:|lora\b|expert\()")
+_NUMBER = r"-?\d+(?:\.\d+)?|-?\.\d+"
+LORA_MODULES = {
+    "all": ("attention_qkv", "attention_out", "mlp_in", "mlp_gate", "mlp_out"),
+    "attention": ("attention_qkv", "attention_out"),
+    "mlp": ("mlp_in", "mlp_gate", "mlp_out"),
+}
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Adapters: W + (alpha / r) B A with A (r, in) random and B (out, r) zero at the start."""
+
+    r: int
+    alpha: float
+    dropout: float
+    init: str
+    targets: tuple[str, ...]
+    """Full names of the modules that get one."""
+    transposed: bool
+    """The modules keep (in, out)."""
+
+    def config(self) -> Any:
+        """The adapters as peft's LoraConfig."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            init_lora_weights=True if self.init == "default" else self.init,
+            target_modules=list(self.targets),
+            fan_in_fan_out=self.transposed,
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a scope means for one model."""
+
+    form: str
+    parameters: list[tuple[str, tuple[int, ...]]]
+    """Names and shapes of the tensors that move; tied ones once."""
+    lora: LoraSpec | None
+    trainable: int
+    """Parameters that move, adapters included."""
+    share: float
+    """... of all."""
+    first_layer: int | None
+    """Lowest block in which something moves; None where something below the blocks does, or nothing in them."""
+    last_layer: int | None
+    notes: list[str] = field(default_factory=list)
+
+    def json(self) -> dict[str, Any]:
+        """For reports and keys."""
+        return {
+            "form": self.form,
+            "resolved": [[name, list(shape), None] for name, shape in self.parameters],
+            "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
+            "trainable": self.trainable,
+            "share": self.share,
+            "layers": [self.first_layer, self.last_layer],
+            "notes": self.notes,
+        }
+
+
+def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
+    """The tensors and adapters that a scope stands for.
+
+    Raises:
+        ScopeError: malformed, or it matches nothing that can move.
+    """
+    text = _text(scope)
+    parts = anatomy(model)
+    pieces = _SPLIT.split("+" + text.strip() if text.strip()[:1] not in "+-" else text.strip())
+    if pieces[0].strip() or len(pieces) < 3:
+        raise ScopeError(f"scope {text!r} is not understood; expected one of {', '.join(FORMS)}, joined with + and -")
+    tensors = dict(model.named_parameters())
+    chosen: dict[str, None] = {}
+    lora: LoraSpec | None = None
+    for sign, piece in zip(pieces[1::2], pieces[2::2]):
+        if piece.startswith("lora"):
+            if sign == "-" or lora is not None:
+                raise ScopeError(f"scope {text!r}: adapters can be added once and not be taken away")
+            lora = _lora(piece, text, model, parts)
+            continue
+        names = _names(piece.strip(), text, model, parts)
+        for name in names:
+            if sign == "+":
+                chosen[name] = None
+            else:
+                chosen.pop(name, None)
+    stuck = [name for name in chosen if not tensors[name].is_floating_point()]
+    if stuck or (chosen and getattr(model, "is_quantized", False)):
+        raise ScopeError(
+            f"scope {text!r}: {(stuck or list(chosen))[0]} is quantised; only adapters can move: lora(...)"
+        )
+    if not chosen and lora is None and not any(piece.strip() == "none" for piece in pieces[2::2]):
+        raise ScopeError(f"scope {text!r} leaves nothing that may move")
+    parameters = [(name, tuple(tensors[name].shape)) for name in tensors if name in chosen]
+    trainable = sum(math.prod(shape) for _, shape in parameters)
+    layers = [parts.layer(name) for name, _ in parameters]
+    if lora is not None:
+        for target in lora.targets:
+            weight = model.get_submodule(target).weight
+            trainable += lora.r * sum(weight.shape)
+            layers.append(parts.layer(target + ".weight"))
+    inside = [layer for layer in layers if layer is not None]
+    below = {name for role in ("embedding", "other") for _, name in parts.roles[role]}
+    total = sum(p.numel() for p in tensors.values())
+    return Resolved(
+        form=text,
+        parameters=parameters,
+        lora=lora,
+        trainable=trainable,
+        share=trainable / total,
+        first_layer=None if not inside or any(name in below for name in chosen) else min(inside),
+        last_layer=max(inside, default=None),
+        notes=_notes(model, chosen),
+    )
+
+
+def _text(scope: str | Mapping[str, Any]) -> str:
+    if isinstance(scope, str):
+        return scope
+    if isinstance(scope, Mapping) and set(scope) == {"lora"} and isinstance(scope["lora"], Mapping):
+        values = (
+            f"{key}={'|'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+            for key, value in scope["lora"].items()
+        )
+        return f"lora({', '.join(values)})"
+    raise ScopeError(f"scope {scope!r} is not understood; expected text, or a mapping {{lora: {{r: 8, ...}}}}")
+
+
+def _names(piece: str, text: str, model: nn.Module, parts: Anatomy) -> list[str]:
+    every = [name for name, _ in model.named_parameters()]
+    if piece == "none":
+        return []
+    if piece == "all":
+        return [name for name, p in model.named_parameters() if p.is_floating_point()]
+    form, colon, rest = piece.partition(":")
+    if piece.startswith("expert("):
+        raise ScopeError(f"scope {text!r}: slices of experts are not available in this version")
+    if not colon or form not in ("regex", "role", "layers"):
+        raise ScopeError(f"scope {text!r}: {piece!r} is not understood; expected one of {', '.join(FORMS)}")
+    if form == "regex":
+        try:
+            pattern = re.compile(rest)
+        except re.error as error:
+            raise ScopeError(f"scope {text!r}: {rest!r} is not a regular expression: {error}") from None
+        found = [name for name in every if pattern.fullmatch(name)]
+        if not found:
+            near = nearest(re.sub(r"\\(.)", r"\1", rest), every, 5) or every[:5]
+            raise ScopeError(f"scope {text!r}: no parameter matches {rest!r}. Nearest names: {', '.join(near)}")
+        return found
+    if form == "layers":
+        wanted = set(_range(rest, len(parts.blocks), text))
+        return [name for name in every if parts.layer(name) in wanted]
+    role, at, span = rest.partition("@")
+    if role not in parts.roles:
+        raise ScopeError(f"scope {text!r}: there is no role {role!r}. {suggest(role, parts.roles)}")
+    wanted = set(_range(span if at else "all", len(parts.blocks), text))
+    named = {id(p): name for name, p in model.named_parameters()}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    found = [named[id(tensors[name])] for layer, name in parts.roles[role] if layer is None or layer in wanted]
+    if not found:
+        present = [name for name, places in parts.roles.items() if places]
+        raise ScopeError(f"scope {text!r}: the model has no {role} there; it has {', '.join(present)}")
+    return found
+
+
+def _range(span: str, depth: int, text: str) -> range:
+    span = span.strip()
+    if span == "all":
+        return range(depth)
+    single = re.fullmatch(_NUMBER, span)
+    pair = re.fullmatch(rf"({_NUMBER})?-({_NUMBER})?", span)
+    if not single and (not pair or span == "-"):
+        raise ScopeError(f"scope {text!r}: {span!r} is not a range of layers; expected e.g. 5, 5-7, -2-, 0.5- or all")
+    low, high = (span, span) if single else (pair.group(1), pair.group(2))  # type: ignore[union-attr]
+    first = _layer(low, depth, end=False) if low else 0
+    last = _layer(high, depth, end=True) if high else depth - 1
+    if not 0 <= first <= last < depth:
+        raise ScopeError(f"scope {text!r}: layers {span} are not within 0-{depth - 1}")
+    return range(first, last + 1)
+
+
+def _layer(number: str, depth: int, *, end: bool) -> int:
+    if "." in number:
+        place = float(number) * depth
+        return max(0, math.ceil(place) - 1) if end else min(depth - 1, math.floor(place))
+    value = int(number)
+    return value + depth if value < 0 else value
+
+
+def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
+    match = re.fullmatch(r"lora(?:\((.*)\))?", piece.strip())
+    if not match:
+        raise ScopeError(f"scope {text!r}: {piece!r} is not understood; expected lora or lora(r=8, alpha=16, ...)")
+    known = ("r", "alpha", "modules", "layers", "init", "dropout")
+    given: dict[str, str] = {}
+    for setting in filter(None, (s.strip() for s in (match.group(1) or "").split(","))):
+        key, equals, value = setting.partition("=")
+        if not equals or key.strip() not in known:
+            raise ScopeError(f"scope {text!r}: lora has no setting {setting!r}. {suggest(key.strip(), known)}")
+        given[key.strip()] = value.strip()
+    try:
+        r = int(given.get("r", "8"))
+        alpha = float(given.get("alpha", str(2 * r)))
+        dropout = float(given.get("dropout", "0"))
+    except ValueError as error:
+        raise ScopeError(f"scope {text!r}: {error}") from None
+    if r < 1 or dropout != 0:
+        raise ScopeError(f"scope {text!r}: r must be at least 1, and dropout 0 (objectives compare stored references)")
+    init = given.get("init", "default")
+    if init not in ("default", "gaussian"):
+        raise ScopeError(
+            f"scope {text!r}: init {init!r} is not available; expected default or gaussian (B starts at 0)"
+        )
+    layers = set(_range(given.get("layers", "all"), len(parts.blocks), text))
+    modules = given.get("modules", "all")
+    roles = LORA_MODULES.get(modules, (modules,) if modules in parts.roles else ())
+    places = [place for role in roles for place in parts.roles[role]]
+    if not roles:
+        wanted = set(modules.split("|"))
+        linear = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+        places = [(parts.layer(n + "."), n + ".weight") for n in linear if n.rpartition(".")[2] in wanted]
+        if not places:
+            names = {n.rpartition(".")[2] for n in linear if parts.layer(n + ".") is not None}
+            raise ScopeError(
+                f"scope {text!r}: no module is called {modules!r}. {suggest(modules, {*names, *LORA_MODULES})}"
+            )
+    targets = dict.fromkeys(
+        name.removesuffix(".weight") for layer, name in places if layer in layers and name.endswith(".weight")
+    )
+    if not targets:
+        raise ScopeError(f"scope {text!r}: no {modules} module stands in layers {given.get('layers', 'all')}")
+    first = model.get_submodule(next(iter(targets)))
+    transposed = not hasattr(first, "out_features") and hasattr(first, "nf")
+    return LoraSpec(r, alpha, dropout, init, tuple(targets), transposed)
+
+
+def _notes(model: nn.Module, chosen: Mapping[str, None]) -> list[str]:
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    tied = [several for several in names.values() if len(several) > 1 and any(name in chosen for name in several)]
+    return [f"{' and '.join(several)} are one tensor and move together" for several in tied]

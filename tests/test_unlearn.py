@@ -1,0 +1,173 @@
+"""Every objective on every architecture: runs, stays in its scope, is deterministic, and is its delta."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny
+
+from expunge import registry
+from expunge.deltas import Delta
+from expunge.errors import ParameterError, RequestError, RowError
+from expunge.methods.optimise.loop import Training
+from expunge.methods.optimise.unlearn import refusals, unlearn
+from expunge.rows import Row
+from expunge.subjects.language import LanguageModel, weights_fingerprint
+
+METHODS = sorted(part.name for part in registry.parts("methods") if part.card.kind == "optimise")
+
+
+def rows(kind, count):
+    return [
+        Row(id=f"{kind}/{i}", prompt=f"where was {kind} {i} born?", answer=f"Tivin {i}", perturbed_answers=("Carth",))
+        for i in range(count)
+    ]
+
+
+DATA = {"forget": rows("forget", 5), "retain": rows("retain", 12)}
+SHORT = Training(steps=2, batch_size=4, learning_rate=1e-3)
+
+
+def run(subject, method, *, scope="all", data=DATA, training=SHORT, folder=None, **settings):
+    part = registry.get("methods", method)
+    return unlearn(subject, part, settings, scope=scope, data=data, training=training, folder=folder)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_every_architecture_and_leaves_the_base_alone(method, architecture):
+    subject = LanguageModel(*tiny(architecture))
+    before = weights_fingerprint(subject.model)
+    outcome = run(subject, method)
+    after = outcome.delta.apply(subject)
+    assert weights_fingerprint(after.model) != before
+    assert weights_fingerprint(subject.model) == before
+    assert len(outcome.summary["log"]["loss"]) == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_delta_bitwise(method):
+    subject = LanguageModel(*tiny("llama"))
+    first, second = run(subject, method).delta, run(subject, method).delta
+    assert first.entries.keys() == second.entries.keys()
+    for name, entry in first.entries.items():
+        assert torch.equal(entry["difference"], second.entries[name]["difference"])
+
+
+@pytest.mark.parametrize("scope", ["layers:-1", "role:mlp_out@1", "role:lm_head", "layers:0-role:norm"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_everything_inside_the_scope_moves_and_nothing_outside(scope, architecture):
+    from expunge.methods.optimise.scope import resolve
+
+    subject = LanguageModel(*tiny(architecture))
+    if architecture == "mixtral" and "mlp_out" in scope:
+        scope = "role:experts@1"
+    outcome = run(subject, "npo", scope=scope, training=Training(steps=3, batch_size=4, learning_rate=1e-3))
+    inside = {name for name, _ in resolve(scope, subject.model).parameters}
+    assert set(outcome.delta.entries) == inside
+
+
+def test_scope_none_changes_nothing():
+    subject = LanguageModel(*tiny("llama"))
+    outcome = run(subject, "npo", scope="none")
+    assert outcome.delta.kind == "empty"
+    assert outcome.summary["steps"] == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+def test_adapters_give_a_low_rank_delta_that_equals_the_adapted_model(architecture, tmp_path):
+    subject = LanguageModel(*tiny(architecture))
+    before = weights_fingerprint(subject.model)
+    outcome = run(subject, "npo", scope="lora(r=2, layers=1-2)", training=Training(steps=4, learning_rate=1e-2))
+    assert outcome.delta.kind == "low_rank"
+    assert weights_fingerprint(subject.model) == before
+    outcome.delta.save(tmp_path / "delta")
+    after = Delta.load(tmp_path / "delta").apply(subject)
+    items = [(("0", "answer"), subject.encode(DATA["forget"][0]))]
+    assert abs(after.score(items).logprob - subject.score(items).logprob).max() > 1e-3
+    assert float(after.score(items).logprob.sum()) < float(subject.score(items).logprob.sum())
+
+
+def test_adapters_and_tensors_move_together():
+    subject = LanguageModel(*tiny("llama"))
+    outcome = run(subject, "npo", scope="lora(r=2, modules=mlp)+role:lm_head")
+    assert outcome.delta.kind == "mixed"
+    assert "difference" in outcome.delta.entries["lm_head.weight"]
+
+
+def test_kl_keeps_a_frozen_head_when_the_head_moves():
+    subject = LanguageModel(*tiny("llama"))
+    outcome = run(subject, "kl_minimisation", scope="role:lm_head")
+    assert list(outcome.delta.entries) == ["lm_head.weight"]
+    # At the start the divergence is exactly zero: the loss is the forget term alone.
+    forget = [subject.encode(row) for row in DATA["forget"]]
+    table = subject.score([((str(i), "answer"), row) for i, row in enumerate(forget)])
+    assert outcome.summary["log"]["loss"][0] == pytest.approx(float(table.logprob.mean()), abs=2.0)
+
+
+def test_sixteen_bit_subjects_are_trained_through_masters():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model.to(torch.bfloat16), tokenizer)
+    outcome = run(subject, "npo", training=Training(steps=5, batch_size=5, learning_rate=1e-4))
+    assert outcome.delta.entries
+    assert next(outcome.delta.apply(subject).model.parameters()).dtype == torch.bfloat16
+
+
+def test_idk_with_the_answer_as_alternative_is_refused_by_name():
+    subject = LanguageModel(*tiny("llama"))
+    data = {**DATA, "forget": [Row(id="7", prompt="who?", answer="Carth", perturbed_answers=("Carth",))]}
+    with pytest.raises(RowError, match=r"row 7: its alternative 'Carth' equals its answer"):
+        run(subject, "idk", data=data, alternatives="perturbed")
+    data = {**DATA, "forget": [Row(id="8", prompt="who?", answer="Carth")]}
+    with pytest.raises(RowError, match="row 8: no perturbed answers"):
+        run(subject, "dpo", data=data, alternatives="perturbed")
+
+
+def test_missing_retain_rows_are_an_error_unless_no_retain_term_asks_for_them():
+    subject = LanguageModel(*tiny("llama"))
+    with pytest.raises(RequestError, match=r"request.data.retain: 0 rows, but npo\(retain='nll'\) needs at least 1"):
+        run(subject, "npo", data={"forget": DATA["forget"], "retain": []})
+    assert run(subject, "npo", data={"forget": DATA["forget"]}, retain="none").delta.entries
+
+
+def test_an_empty_forget_set_changes_nothing():
+    subject = LanguageModel(*tiny("llama"))
+    outcome = run(subject, "npo", data={"forget": [], "retain": DATA["retain"]})
+    assert outcome.delta.kind == "empty"
+
+
+def test_parameters_are_checked_by_name_and_kind():
+    subject = LanguageModel(*tiny("llama"))
+    with pytest.raises(ParameterError, match=r"no parameter 'betta'\. Did you mean beta"):
+        run(subject, "npo", betta=1)
+    with pytest.raises(ParameterError, match="parameter beta = 'high'"):
+        run(subject, "npo", beta="high")
+    with pytest.raises(ParameterError, match="parameter retain = 'nil'"):
+        run(subject, "npo", retain="nil")
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_delta(tmp_path, monkeypatch):
+    from expunge.methods.optimise import loop
+
+    subject = LanguageModel(*tiny("llama"))
+    training = Training(steps=6, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
+    whole = run(subject, "npo", training=training)
+    original, count = loop.gradients, []
+
+    def dies(*arguments, **options):
+        if len(count) == 4:
+            raise SystemExit
+        count.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(loop, "gradients", dies)
+    with pytest.raises(SystemExit):
+        run(subject, "npo", training=training, folder=tmp_path)
+    monkeypatch.setattr(loop, "gradients", original)
+    resumed = run(subject, "npo", training=training, folder=tmp_path)
+    for name, entry in whole.delta.entries.items():
+        assert torch.equal(entry["difference"], resumed.delta.entries[name]["difference"])
+
+
+def test_there_are_a_hundred_refusals():
+    lines = refusals()
+    assert len(lines) == len(set(lines)) == 100
+    assert all(line.strip() == line and line.endswith(".") for line in lines)
