@@ -373,7 +373,19 @@ def _side_effects(golds: int, damage: float) -> list[SideEffect]:
     def effect(
         name: str, before: float, fall: float, tolerance: float, flag: str, n: int, sentence: str, raised: bool
     ) -> SideEffect:
-        return SideEffect(name, before, before - fall, before if golds else None, tolerance, flag, raised, n, sentence)
+        return SideEffect(
+            name,
+            before,
+            before - fall,
+            before if golds else None,
+            tolerance,
+            flag,
+            raised,
+            n,
+            sentence,
+            before - fall - 0.02,
+            before - fall + 0.02,
+        )
 
     return [
         effect("retain", 0.95, damage, 0.05, "damaged", 200, "Answers that the request says to keep.", damage > 0.05),

@@ -18,6 +18,7 @@ from expunge import report
 from expunge.errors import MismatchError, OutputError
 from expunge.evidence import Evidence, Interval, Measured
 from expunge.report import charts, compare, tracks, words
+from expunge.report import page as page_content
 from expunge.report.headline import headline, speed, worst
 from expunge.report.render import markdown
 
@@ -122,6 +123,7 @@ def test_everything_in_the_evidence_is_on_the_page(tmp_path: Path) -> None:
     for effect in made.side_effects:
         wanted += [words.label(effect.name), effect.sentence, str(effect.n)]
         wanted += [words.percent(v) for v in (effect.before, effect.after, effect.gold)]
+        wanted += [words.with_interval(Interval(effect.low, effect.after, effect.high), words.percent)]
         wanted += [words.points(effect.after - effect.before), "beyond ±5" if effect.raised else "within ±"]
     for row in made.examples:
         wanted += [row[key] for key in ("row", "question", "answer", "set", "before", "after", "gold")]
@@ -229,6 +231,16 @@ def test_a_place_that_cannot_be_written_is_an_error_with_the_path(tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         report.write(evidence(), tmp_path / "file" / "out")
+
+
+def test_the_interval_of_a_side_effect_may_be_of_the_value_or_of_the_change() -> None:
+    effect = evidence().side_effects[0]
+    effect.before, effect.after = 0.9, 0.8
+    for effect.low, effect.high in ((0.75, 0.85), (-0.15, -0.05)):
+        interval = page_content.effect_interval(effect)
+        assert (interval.low, interval.value, interval.high) == pytest.approx((0.75, 0.8, 0.85))
+    effect.low = None
+    assert page_content.effect_interval(effect) is None
 
 
 # Sentences and figures

@@ -136,23 +136,32 @@ def metric_row(m: Measured, name: str) -> dict[str, Any]:
     }
 
 
+def effect_interval(effect: SideEffect) -> Interval | None:
+    """The interval of after; evidence may state it for the change since before instead."""
+    if not measured(effect.low) or not measured(effect.high) or not measured(effect.after):
+        return None
+    if effect.low <= effect.after <= effect.high or not measured(effect.before):
+        return Interval(effect.low, effect.after, effect.high)
+    return Interval(effect.before + effect.low, effect.after, effect.before + effect.high)
+
+
 def effect_row(effect: SideEffect) -> dict[str, Any]:
     values = [effect.before, effect.after, effect.gold]
     share = all(0 <= value <= 1 for value in values if measured(value))
     change = effect.after - effect.before if measured(effect.before) and measured(effect.after) else math.nan
-    words = three(effect.before, effect.after, effect.gold, percent if share else number)
+    show = percent if share else number
+    after = effect_interval(effect) or effect.after
+    words = three(effect.before, after, effect.gold, show)
     return {
         "label": label(effect.name),
         "sentence": effect.sentence,
         "n": effect.n,
-        "track": tracks.dots(
-            effect.before, effect.after, effect.gold, words, tolerance=effect.tolerance, raised=effect.raised
-        )
+        "track": tracks.dots(effect.before, after, effect.gold, words, tolerance=effect.tolerance, raised=effect.raised)
         if share
         else escape(words),
-        "before": percent(effect.before) if share else number(effect.before),
-        "after": percent(effect.after) if share else number(effect.after),
-        "gold": percent(effect.gold) if share else number(effect.gold),
+        "before": show(effect.before),
+        "after": with_interval(after, show) if isinstance(after, Interval) else show(after),
+        "gold": show(effect.gold),
         "value": points(change) if share else number(change),
         "tolerance": percent(effect.tolerance).removesuffix("%") if share else number(effect.tolerance),
         "raised": effect.raised,
