@@ -1,0 +1,214 @@
+"""A world as a folder: data files, models, and a request that is ready to run.
+
+    DIR/data/*.jsonl     forget, retain, neighbour, holdout, general, passages, train_original, train_gold
+    DIR/models/          original, gold-0, gold-1 ...
+    DIR/request.yaml
+
+Built once in the user's cache (EXPUNGE_CACHE, ~/.cache/expunge by default) under the hash of everything it depends on,
+then linked to DIR. A builder that is killed goes on with the models that are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from ..errors import OutputError, TrainingError
+from ..files import write_text
+from ..tables.store import content_key
+from .corpus import files
+from .facts import World, make
+from .models import Recipe, job
+
+Progress = Callable[[int, int], None]
+
+CODE = 1
+"""Raised when the same settings would give another world."""
+
+REQUEST = """\
+# Forget {forget} people of the invented world (seed {seed}); try `expunge plan request.yaml` first.
+name: world-{seed}
+reason: Erasure request of invented people
+model: models/original
+gold: [{golds}]
+data:
+  forget: data/forget.jsonl
+  retain: data/retain.jsonl
+  neighbour: data/neighbour.jsonl
+  holdout: data/holdout.jsonl
+  general: data/general.jsonl
+method: npo
+scope: all
+training:
+  epochs: {epochs}
+  batch_size: 16
+  learning_rate: {learning_rate}
+"""
+
+
+@dataclass(frozen=True)
+class WorldFolder:
+    """Where the parts of a built world are."""
+
+    path: Path
+    world: World
+
+    @property
+    def request(self) -> Path:
+        return self.path / "request.yaml"
+
+    @property
+    def original(self) -> Path:
+        return self.path / "models" / "original"
+
+    @property
+    def golds(self) -> list[Path]:
+        return sorted((self.path / "models").glob("gold-*"))
+
+    def data(self, name: str) -> Path:
+        return self.path / "data" / f"{name}.jsonl"
+
+
+def cache_folder() -> Path:
+    """EXPUNGE_CACHE, or ~/.cache/expunge."""
+    return Path(os.environ.get("EXPUNGE_CACHE") or Path.home() / ".cache" / "expunge")
+
+
+def build(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    people: int = 56,
+    forget: int = 10,
+    neighbours: int = 8,
+    holdout: int = 10,
+    gold_seeds: int = 3,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+) -> WorldFolder:
+    """Write the world to a folder, training its models first if no cached ones fit.
+
+    Args:
+        people: how many there are in all; of them `forget` are to be forgotten, `neighbours` taught them, and `holdout`
+            are in no model's training.
+        gold_seeds: models trained without the forgotten people, each with another seed.
+        progress: (done, total) optimiser steps of all models.
+
+    Raises:
+        OutputError: the folder or the cache cannot be written, or the folder holds something else.
+    """
+    folder = Path(folder)
+    marker = folder / "world.json"
+    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
+        raise OutputError(f"{folder} is not empty and holds no world; choose another --out")
+    recipe = recipe or Recipe()
+    world = make(seed, people=people, forget=forget, neighbours=neighbours, holdout=holdout)
+    settings = {"seed": seed, "people": people, "forget": forget, "neighbours": neighbours, "holdout": holdout}
+    written = files(world)
+    key = content_key(CODE, settings, asdict(recipe), written, version("torch").split("+")[0])
+    cache = cache_folder() / "world" / key
+    seeds = {"original": seed * 100, **{f"gold-{i}": seed * 100 + 1 + i for i in range(gold_seeds)}}
+    try:
+        with _lock(cache):
+            for name, rows in written.items():
+                write_text(cache / "data" / f"{name}.jsonl", _jsonl(rows))
+            texts = [text for rows in written.values() for row in rows for text in _strings(row)]
+            write_text(cache / "texts.json", json.dumps(texts, ensure_ascii=False))
+            _train(cache, seeds, recipe, progress)
+        for name in written:
+            _link(cache / "data" / f"{name}.jsonl", folder / "data" / f"{name}.jsonl")
+        for name in seeds:
+            for file in (cache / "models" / name).iterdir():
+                _link(file, folder / "models" / name / file.name)
+    except OSError as error:
+        raise OutputError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
+    golds = ", ".join(f"models/gold-{i}" for i in range(gold_seeds))
+    text = REQUEST.format(forget=forget, seed=seed, golds=golds, epochs=8, learning_rate="5.0e-4")
+    write_text(folder / "request.yaml", text)
+    write_text(marker, json.dumps({"key": key, **settings, "recipe": asdict(recipe)}, indent=1) + "\n")
+    return WorldFolder(folder, world)
+
+
+def _jsonl(rows: list[dict[str, object]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("id", "task", "relation"):
+                yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One builder at a time; the lock goes with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _link(source: Path, target: Path) -> None:
+    """The file under another name: a hard link where possible, else a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+def _train(cache: Path, seeds: dict[str, int], recipe: Recipe, progress: Progress | None) -> None:
+    """Train the models that are missing, as many at once as there are cores, each in a process of its own."""
+    missing = [name for name in seeds if not (cache / "models" / name / "config.json").is_file()]
+    done = dict.fromkeys(missing, 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    running: dict[str, subprocess.Popen[str]] = {}
+    waiting = list(missing)
+    try:
+        while waiting or running:
+            while waiting and len(running) < max(1, os.cpu_count() or 1):
+                name = waiting.pop(0)
+                rows = cache / "data" / ("train_original.jsonl" if name == "original" else "train_gold.jsonl")
+                asked = job(rows, cache / "texts.json", recipe, seeds[name], cache / "models" / name)
+                running[name] = subprocess.Popen(
+                    [sys.executable, "-m", "expunge.world.models", asked],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            for name, process in list(running.items()):
+                assert process.stdout is not None
+                assert process.stderr is not None
+                line = process.stdout.readline()
+                if line:
+                    done[name] = int(json.loads(line)[0])
+                    if progress:
+                        progress(sum(done.values()), recipe.steps * len(missing))
+                    continue
+                if process.wait() != 0:
+                    reason = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
+                    raise TrainingError(f"training the world's model {name} failed: {reason}")
+                del running[name]
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
