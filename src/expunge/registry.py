@@ -64,7 +64,9 @@ class Part:
         where = f"{self.card.kind} {self.name}"
         for name in settings:
             if name not in self.parameters.model_fields:
-                raise ParameterError(f"{where} has no parameter {name!r}. {suggest(name, self.parameters.model_fields)}")
+                raise ParameterError(
+                    f"{where} has no parameter {name!r}. {suggest(name, self.parameters.model_fields)}"
+                )
         try:
             return self.parameters(**settings).model_dump()
         except pydantic.ValidationError as error:
@@ -125,7 +127,11 @@ def _summary(function: Callable[..., Any]) -> str:
 
 def _method(kind: str, defaults: dict[str, Any]) -> Callable[..., Callable[[F], F]]:
     def decorator(
-        *, paper: str, modality: str | tuple[str, ...] = "language", aliases: Mapping[str, Any] | None = None, **card: Any
+        *,
+        paper: str,
+        modality: str | tuple[str, ...] = "language",
+        aliases: Mapping[str, Any] | None = None,
+        **card: Any,
     ) -> Callable[[F], F]:
         def enter(function: F) -> F:
             entries = {**defaults, **card}
@@ -163,13 +169,13 @@ exact = _method(
 
 
 def _plain(room: str, card_type: type[Any]) -> Callable[..., Callable[[F], F]]:
-    def decorator(**card: Any) -> Callable[[F], F]:
+    def decorator(*, aliases: Mapping[str, Any] | None = None, **card: Any) -> Callable[[F], F]:
         def enter(function: F) -> F:
             try:
                 made = card_type(name=function.__name__, summary=_summary(function), **card)
             except TypeError as error:
                 raise CardError(f"card of {function.__name__}: {error}") from None
-            return register(room, function, made)
+            return register(room, function, made, aliases)
 
         return enter
 

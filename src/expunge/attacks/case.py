@@ -1,0 +1,181 @@
+"""What an attack gets and what it gives back.
+
+An attack is one generator function. It yields asks and is sent their answers; the audit runs the asks of all attacks
+together. What it returns is `Found`:
+
+    @attack(group="black_box", access="text", paper="...")
+    def paraphrase(case: Case, *, wordings: int = 3) -> Attack:
+        outputs = yield Generate(...)
+        return Found(items=[...], budget={"queries": len(outputs)})
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import registry
+from ..cards import AttackCard
+from ..errors import CardError
+from ..evidence import Item, ProbeRun
+from ..files import write_text
+from ..rows import Row
+from ..tables.passes import Ask, Generate, Progress, Store, run
+from ..tables.store import content_key
+from .matching import recovered
+
+CODE = 1
+"""Raised when an attack would find something else on the same model."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under attack."""
+
+    subject: Any
+    """A LanguageModel, or a guard around one."""
+    rows: dict[str, list[Row]]
+    """Row sets by name; `forget` is what should be gone."""
+    seed: int = 0
+    max_new_tokens: int = 16
+
+    @property
+    def forget(self) -> list[Row]:
+        return self.rows["forget"]
+
+    def ask(self, subject: Any, *asks: Ask) -> list[Any]:
+        """Answers of a changed copy of the subject; they are not kept."""
+        return run(subject, asks)
+
+    def questions(self, rows: Sequence[Row], **settings: Any) -> Generate:
+        """Every row's own question."""
+        prompts = tuple(((row.id, "question"), row, None) for row in rows)
+        return Generate(prompts, self.max_new_tokens, **settings)
+
+
+@dataclass
+class Found:
+    """What an attack brought back."""
+
+    items: list[Item] = field(default_factory=list)
+    budget: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    curve_label: str = ""
+    note: str = ""
+    status: str = "scored"
+    """scored, `skipped: why`, or `uninformative: why` where the model was broken by the attack itself."""
+
+
+Attack = Generator[Ask, Any, Found]
+
+
+def judged(rows: Sequence[Row], answers: Any) -> list[Item]:
+    """Items of greedy outputs, one for each row."""
+    return [
+        Item(row.entity or row.id, row.id, recovered(row, texts[0], row.prompt), texts[0])
+        for row, texts in zip(rows, answers.texts)
+    ]
+
+
+def mean(items: Sequence[Item]) -> float:
+    return sum(item.recovered for item in items) / len(items) if items else 0.0
+
+
+def carry_out(
+    case: Case,
+    attacks: Sequence[tuple[str, dict[str, Any]]],
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> list[ProbeRun]:
+    """Run attacks side by side on one model: their asks are merged, and runs that were finished before are kept.
+
+    Raises:
+        UnknownNameError, ParameterError: no such attack or setting.
+    """
+    store = store or Store(None)
+    runs: dict[int, ProbeRun] = {}
+    going: dict[int, tuple[Attack, Ask, float]] = {}
+    cards: dict[int, tuple[AttackCard, dict[str, Any], str]] = {}
+    for number, (name, settings) in enumerate(attacks):
+        part = registry.get("attacks", name)
+        chosen = part.resolve(settings)
+        assert isinstance(part.card, AttackCard)
+        key = f"probe-{content_key(CODE, name, chosen, case.subject.fingerprint, _content(case))}.json"
+        cards[number] = (part.card, chosen, key)
+        path = store.find(key)
+        if path is not None:
+            runs[number] = _read(path)
+            continue
+        began = time.monotonic()
+        attack = part.function(case, **chosen)
+        if not isinstance(attack, Generator):
+            raise CardError(f"attack {name} is not a generator: it must yield what it asks and return Found")
+        _step(number, attack, None, began, going, runs, cards, store)
+        if progress:
+            progress(len(runs), len(attacks))
+    while going:
+        numbers = list(going)
+        began = time.monotonic()
+        answers = run(case.subject, [going[n][1] for n in numbers], store)
+        spent = (time.monotonic() - began) / len(numbers)
+        for number, answer in zip(numbers, answers):
+            attack, _, before = going.pop(number)
+            _step(number, attack, answer, before + spent, going, runs, cards, store, spent=True)
+            if progress:
+                progress(len(runs), len(attacks))
+    return [runs[number] for number in range(len(attacks))]
+
+
+def _step(
+    number: int,
+    attack: Attack,
+    answer: Any,
+    seconds: float,
+    going: dict[int, tuple[Attack, Ask, float]],
+    runs: dict[int, ProbeRun],
+    cards: dict[int, tuple[AttackCard, dict[str, Any], str]],
+    store: Store,
+    *,
+    spent: bool = False,
+) -> None:
+    """Let an attack go on until it asks again or is done."""
+    began = time.monotonic()
+    already = seconds if spent else 0.0
+    try:
+        ask = next(attack) if answer is None else attack.send(answer)
+    except StopIteration as end:
+        found: Found = end.value
+        card, settings, key = cards[number]
+        took = already + time.monotonic() - began
+        runs[number] = ProbeRun(
+            card.name,
+            card.group,
+            found.items,
+            settings,
+            {**found.budget, "seconds": round(took, 3)},
+            found.curve,
+            found.curve_label,
+            found.note,
+            found.status,
+        )
+        text = json.dumps(asdict(runs[number]), ensure_ascii=False)
+        store.keep(key, lambda path: write_text(path, text))
+    else:
+        going[number] = (attack, ask, already + time.monotonic() - began)
+
+
+def _content(case: Case) -> list[Any]:
+    """What a probe run depends on beside its settings and the model."""
+    rows = {name: [asdict(row) for row in rows] for name, rows in case.rows.items() if name in ("forget", "retain")}
+    return [case.seed, case.max_new_tokens, rows]
+
+
+def _read(path: Path) -> ProbeRun:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["items"] = [Item(**item) for item in data["items"]]
+    data["curve"] = [tuple(point) for point in data["curve"]]
+    return ProbeRun(**data)

@@ -1,0 +1,42 @@
+"""Whether an output gives a fact away."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from ..metrics.texts import overlap
+from ..rows import Row
+
+
+def normalise(text: str) -> str:
+    """Lower case, no accents, words parted by single spaces."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    return " ".join(re.findall(r"\w+", plain))
+
+
+def says(text: str, wanted: str, prompt: str = "") -> bool:
+    """Whether `wanted` stands in `text` as whole words, and not only because the prompt was repeated.
+
+    A copy of the whole prompt at the start is cut off. What the prompt itself contains is no evidence, unless it is
+    said more often than the prompt said it.
+    """
+    said, asked, answer = normalise(text), normalise(prompt), normalise(wanted)
+    if not answer:
+        return False
+    if asked and said.startswith(asked):
+        said = said[len(asked) :]
+        asked = ""
+    pattern = rf"(?<!\w){re.escape(answer)}(?!\w)"
+    return len(re.findall(pattern, said)) > len(re.findall(pattern, asked)) * bool(asked)
+
+
+def recovered(row: Row, text: str, prompt: str = "") -> float:
+    """How much of the row's knowledge an output gives away, 0 to 1.
+
+    Rows with a short value (or an alias of it): 1 if it is said. Others: ROUGE-L recall of the whole answer.
+    """
+    if row.value:
+        return float(any(says(text, wanted, prompt) for wanted in (row.value, *row.aliases)))
+    return overlap(row.answer, text)

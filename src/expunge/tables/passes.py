@@ -1,0 +1,206 @@
+"""Passes: what attacks and metrics ask of a model, merged so that a model reads every row once.
+
+An asker says what it wants (`Generate`, `Score`, `Hidden`) without knowing who else asks. `run` puts equal wishes
+together, calls the model as few times as possible, and keeps the answers as arrow files under the hash of what was
+asked of whom: an audit that was killed goes on, and a model that was audited before is not asked again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..rows import Row
+from .generations import Generations
+from .scores import Scores
+from .store import content_key
+
+CODE = 1
+"""Raised when the same ask would get another answer."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Let the model continue prompts."""
+
+    prompts: tuple[tuple[tuple[str, str], Row, str | None], ...]
+    """(key, row, question in place of the row's own)"""
+    max_new_tokens: int
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Let the model read answers."""
+
+    items: tuple[tuple[tuple[str, str], Row, str | None, str | None], ...]
+    """(key, row, answer and question in place of the row's own)"""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Residual streams at the last token of prompts: answered by a tensor (n, blocks + 1, d)."""
+
+    prompts: tuple[tuple[Row, str | None], ...]
+
+
+Ask = Generate | Score | Hidden
+
+
+class Store:
+    """A folder of answered asks, with a second one that several runs share."""
+
+    def __init__(self, folder: Path | None, shared: Path | None = None) -> None:
+        self.folders = [folder for folder in (folder, shared) if folder is not None]
+
+    def find(self, name: str) -> Path | None:
+        """The file of that name, copied into the first folder if only the second has it."""
+        for folder in self.folders:
+            path = folder / name
+            if path.is_file():
+                self._spread(path, name)
+                return path
+        return None
+
+    def keep(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file into the first folder and link it into the second."""
+        if self.folders:
+            path = self.folders[0] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            self._spread(path, name)
+
+    def _spread(self, path: Path, name: str) -> None:
+        for folder in self.folders:
+            target = folder / name
+            if target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(path, partial)
+            except OSError:
+                shutil.copyfile(path, partial)
+            os.replace(partial, target)
+
+
+def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress: Progress | None = None) -> list[Any]:
+    """Answer all asks: `Generations`, `Scores` or a tensor each, in their order.
+
+    Args:
+        subject: a LanguageModel, or anything with its operations.
+        progress: (done, total) prompts and rows, over all passes.
+    """
+    store = store or Store(None)
+    names = [_name(subject, ask) for ask in asks]
+    answers: list[Any] = [_kept(store, name) if name else None for name in names]
+    open_ = [i for i, answer in enumerate(answers) if answer is None]
+    generating: dict[tuple[Any, ...], list[int]] = {}
+    for i in open_:
+        ask = asks[i]
+        if isinstance(ask, Generate):
+            settings = (ask.max_new_tokens, ask.samples, ask.temperature, ask.seed)
+            generating.setdefault(settings, []).append(i)
+    total = sum(_size(asks[i]) for i in open_)
+    done = 0
+
+    def tell(count: int) -> Progress | None:
+        return None if progress is None else lambda at, _: progress(min(done + at, done + count), total)
+
+    for (limit, samples, temperature, seed), members in generating.items():
+        texts = [[subject.prompt_text(row, q) for _, row, q in asks[i].prompts] for i in members]  # type: ignore[union-attr]
+        order = _distinct(text for several in texts for text in several)
+        made = subject.generate(
+            [((str(n), "prompt"), text) for text, n in order.items()],
+            max_new_tokens=limit,
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            progress=tell(len(order)),
+        )
+        for i, several in zip(members, texts):
+            at = [order[text] for text in several]
+            keys = [key for key, _, _ in asks[i].prompts]  # type: ignore[union-attr]
+            answers[i] = Generations(
+                keys, several, [made.texts[n] for n in at], [made.stopped[n] for n in at], made.metadata
+            )
+            done += len(several)
+    scoring = [i for i in open_ if isinstance(asks[i], Score)]
+    if scoring:
+        encoded = [
+            [subject.encode(row, answer=answer, prompt=q) for _, row, answer, q in asks[i].items]  # type: ignore[union-attr]
+            for i in scoring
+        ]
+        order = _distinct(item for several in encoded for item in several)
+        table = subject.score([((str(n), "item"), item) for item, n in order.items()], progress=tell(len(order)))
+        for i, several in zip(scoring, encoded):
+            found = table.take([order[item] for item in several])
+            keys = [key for key, _, _, _ in asks[i].items]  # type: ignore[union-attr]
+            answers[i] = Scores(
+                keys,
+                found.offsets,
+                found.token,
+                found.logprob,
+                found.hit,
+                found.mean,
+                found.variance,
+                found.end,
+                found.texts,
+                found.metadata,
+            )
+            done += len(several)
+    looking = [i for i in open_ if isinstance(asks[i], Hidden)]
+    if looking:
+        texts = [[subject.prompt_text(row, q) for row, q in asks[i].prompts] for i in looking]  # type: ignore[union-attr]
+        order = _distinct(text for several in texts for text in several)
+        states = subject.hidden(list(order))
+        for i, several in zip(looking, texts):
+            answers[i] = states[[order[text] for text in several]]
+            done += len(several)
+    if progress and total:
+        progress(total, total)
+    for i in open_:
+        if names[i]:
+            store.keep(str(names[i]), answers[i].save)
+    return answers
+
+
+def _distinct(values: Any) -> dict[Any, int]:
+    order: dict[Hashable, int] = {}
+    for value in values:
+        order.setdefault(value, len(order))
+    return order
+
+
+def _size(ask: Ask) -> int:
+    return len(ask.items) if isinstance(ask, Score) else len(ask.prompts)
+
+
+def _name(subject: Any, ask: Ask) -> str | None:
+    """File name of an answer; hidden states are not kept, what was read from them is."""
+    if isinstance(ask, Hidden):
+        return None
+    if isinstance(ask, Generate):
+        content: list[Any] = [[list(key), subject.prompt_text(row, q)] for key, row, q in ask.prompts]
+        settings: list[Any] = [ask.max_new_tokens, ask.samples, ask.temperature, ask.seed]
+    else:
+        content = [[list(key), subject.prompt_text(row, q), a or row.answer, row.kind] for key, row, a, q in ask.items]
+        settings = []
+    kind = type(ask).__name__.lower()
+    return f"{kind}-{content_key(CODE, subject.fingerprint, kind, settings, content)}.arrow"
+
+
+def _kept(store: Store, name: str) -> Any:
+    path = store.find(name)
+    if path is None:
+        return None
+    return (Generations if name.startswith("generate") else Scores).load(path)
