@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .methods.optimise.scope import Resolved
 from .subjects.anatomy import anatomy
 from .subjects.head import CHUNK_ELEMENTS, KEEP_ELEMENTS
+from .subjects.language import LanguageModel
+from .subjects.packed import Encoded, pack
 
 STAGES = {"attention_qkv": 0, "attention_out": 1, "router": 2, "experts": 2, "mlp_in": 2, "mlp_gate": 2, "mlp_out": 3}
 """Where a matrix stands in its block; what moves at one stage needs the gradient at every later one."""
@@ -54,17 +58,11 @@ class Structure:
 
     matrices: tuple[Matrix, ...]
     blocks: int
-    hidden: int
     head: int
     """Weights of the LM head."""
     vocabulary: int
     attention: int
     """Heads times their width."""
-    inner: int
-    """Width of the MLP that one token passes, all chosen experts together."""
-    gated: bool
-    norms: int
-    """Norms in a block."""
     first: Place | None
     """Where the first thing that moves stands; None where nothing moves."""
     head_moves: bool
@@ -98,28 +96,6 @@ class Structure:
 
     # --- bytes -------------------------------------------------------------------------------------------------
 
-    def activations(self, tokens: int) -> int:
-        """Bytes kept for the backward pass by the decoder, without logits."""
-        return sum(self._kept(block) for block in range(self.blocks)) * tokens
-
-    def _kept(self, block: int) -> int:
-        """Bytes that one token leaves in one block.
-
-        Norms keep their input, attention its queries, keys, values and output, the MLP what its nonlinearity and its
-        product read; a matrix that moves also keeps its input.
-        """
-        if not self.after(block, 4):
-            return 0
-        moving = {m.at[1] for m in self.matrices if m.at[0] == block and (m.moves or m.adapter)}
-        width = 0
-        if self.after(block, 1):
-            width += self.norms * self.hidden + 4 * self.attention
-        width += (3 if self.gated else 1) * self.inner
-        width += 2 * self.hidden * (0 in moving) + self.attention * (1 in moving)
-        width += 2 * self.hidden * (2 in moving) + self.inner * (3 in moving)
-        # 16-bit models compute norms in 32 bits and keep that copy.
-        return self.item * width + (4 * self.norms * self.hidden if self.item == 2 else 0)
-
     def logits(self, answers: Sequence[int]) -> int:
         """Bytes of logits at their peak: kept up to a limit, else in chunks."""
         kept = sum(4 * n * self.vocabulary for n in answers if n * self.vocabulary <= KEEP_ELEMENTS)
@@ -127,7 +103,7 @@ class Structure:
         return kept + (2 * 4 * CHUNK_ELEMENTS if chunked else 0)
 
 
-def structure(model: nn.Module, resolved: Any) -> Structure:
+def structure(model: nn.Module, resolved: Resolved) -> Structure:
     """What costs follow from: the decoder's matrices, and what of it the scope lets move.
 
     Args:
@@ -135,12 +111,14 @@ def structure(model: nn.Module, resolved: Any) -> Structure:
         resolved: the scope, resolved on this model.
     """
     found = anatomy(model)
-    config = model.config.get_text_config()
-    blocks, hidden = len(found.blocks), int(config.hidden_size)
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    blocks = len(found.blocks)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # A tied tensor moves under whichever of its names the scope gave.
     moving = {id(parameters[name]) for name, _ in resolved.parameters}
-    adapters = _adapters(model, resolved)
+    adapters = {}
+    if resolved.lora is not None:
+        adapters = {t: resolved.lora.r * sum(parameters[t + ".weight"].shape) for t in resolved.lora.targets}
     places: list[Place] = []
     matrices: dict[str, Matrix] = {}
     for role, members in found.roles.items():
@@ -158,20 +136,14 @@ def structure(model: nn.Module, resolved: Any) -> Structure:
                 # A fused gate-and-in matrix has two roles and is one matrix.
                 matrices.setdefault(name, Matrix(role, at, size, moves, adapter))
     last = [m for m in matrices.values() if m.at[0] == blocks - 1]
-    gated = bool(found.blocks[-1].mlp_gate or found.blocks[-1].experts)
-    wide = sum(m.size for m in last if m.at[1] >= 2 and m.role != "router")
     head = parameters[f"{found.lm_head[0]}.weight"]
     unique = {id(p): p for p in parameters.values()}
     return Structure(
         matrices=tuple(matrices.values()),
         blocks=blocks,
-        hidden=hidden,
         head=head.numel(),
         vocabulary=head.shape[0],
-        attention=max(m.size for m in last if m.role == "attention_out") // hidden,
-        inner=wide // hidden // (3 if gated else 2),
-        gated=gated,
-        norms=_norms(found.blocks[-1].module, hidden),
+        attention=max(m.size for m in last if m.role == "attention_out") // int(config.hidden_size),
         first=min(places, default=None),
         head_moves=id(head) in moving,
         total=sum(p.numel() for p in unique.values()),
@@ -200,22 +172,46 @@ def _share(role: str, parameter: nn.Parameter, config: Any) -> float:
     return float(getattr(config, "num_experts_per_tok", None) or 1) / experts
 
 
-def _adapters(model: nn.Module, resolved: Any) -> dict[str, int]:
-    """Adapter weights by the name of the module they stand beside, from adapters put on a copy without weights."""
-    if resolved.lora is None:
-        return {}
-    from peft import inject_adapter_in_model
+def kept(subject: LanguageModel, resolved: Resolved, rows: Sequence[Encoded]) -> float | None:
+    """Bytes per packed token that the decoder keeps for the backward pass, from a pass of `rows` without weights.
 
-    wrapped = inject_adapter_in_model(resolved.lora.config(), copy.deepcopy(model).to("meta"))
-    found: dict[str, int] = {}
-    for name, parameter in wrapped.named_parameters():
-        owner, lora, _ = name.partition(".lora_")
-        if lora:
-            found[owner] = found.get(owner, 0) + parameter.numel()
-    return found
+    Returns:
+        None where the model cannot run without weights.
+    """
+    model = _moving(subject.model, resolved)
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            found[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    packed = pack(rows, "meta")
+    made = subject.with_model(model)
+    made._mode = "families"
+    # Products over groups of experts are only defined in 16 bits without weights.
+    for dtype, factor in ((subject.dtype, 1), (torch.bfloat16, 2)):
+        model.to(dtype)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                made.hidden_states(packed)
+        except Exception:
+            found.clear()
+        else:
+            return factor * sum(t.untyped_storage().nbytes() for t in found.values()) / packed.tokens
+    return None
 
 
-def _norms(block: nn.Module, hidden: int) -> int:
-    """Modules of a block whose own parameters are all vectors of the hidden size."""
-    own = [list(module.parameters(recurse=False)) for module in block.modules()]
-    return sum(1 for found in own if found and all(p.shape == (hidden,) for p in found))
+def _moving(model: nn.Module, resolved: Resolved) -> nn.Module:
+    """A copy without weights in which only what the scope names needs gradients, adapters included."""
+    made = copy.deepcopy(model).to("meta")
+    if resolved.lora is not None:
+        from peft import inject_adapter_in_model
+
+        made = inject_adapter_in_model(resolved.lora.config(), made)
+    moving = {name for name, _ in resolved.parameters}
+    for name, parameter in made.named_parameters(remove_duplicate=False):
+        # A layer beside which an adapter stands has another name.
+        parameter.requires_grad_(name.replace(".base_layer.", ".") in moving or ".lora_" in name)
+    return made

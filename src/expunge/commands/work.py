@@ -10,10 +10,11 @@ import typer
 
 from ..errors import ParameterError
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, progressing, remark, say, say_json, say_table
+from .console import assignments, duration, progressing, remark, say, say_json, say_table, size
 
 if TYPE_CHECKING:
     from ..evidence import Evidence
+    from ..plan import Plan
 
 NOT_MET = 3
 """Exit code of --require."""
@@ -112,10 +113,11 @@ def plan(
     if json:
         say_json(asdict(made))
         return
-    say(made.title)
-    for title, rows in made.tables():
+    for title, rows in _spoken(made):
+        say_table([title, ""], rows)
         say()
-        say_table([title, "", ""], rows)
+    for remarked in made.remarks:
+        remark(remarked)
 
 
 def audit(
@@ -175,6 +177,31 @@ def compare(
         return
     say_table(["run", "method", "verdict", "flags"], rows)
     remark(f"comparison in {folder}")
+
+
+def _spoken(plan: Plan) -> list[tuple[str, list[list[str]]]]:
+    """The plan in words: titles, and rows of what and how much."""
+    p, t = plan.parameters, plan.tokens
+    what = [
+        ["model", plan.model],
+        ["scope", plan.scope],
+        ["trainable parameters", f"{p['trainable']:,} of {p['total']:,} ({100 * p['share']:.3g} %)"],
+        ["optimiser steps", f"{t['steps']:,} ({t['steps per epoch']:,} per epoch)"],
+        ["tokens", f"{t['fed']:,} ({t['fed per epoch']:,} per epoch), {t['answer tokens']:,} of answers"],
+    ]
+    return [
+        (f"{plan.request}: {plan.method}", what),
+        ("compute", [[name, size(value, "FLOP")] for name, value in plan.flops.items()]),
+        ("peak memory", [[name, size(value)] for name, value in plan.memory.items()]),
+        (
+            "time on this machine",
+            [
+                ["products", f"{size(plan.time['FLOP per second'], 'FLOP/s')}"],
+                ["method, about", duration(plan.time["seconds"])],
+            ],
+        ),
+        ("audit", [[name, str(value)] for name, value in plan.audit.items()]),
+    ]
 
 
 def _load(file: Path, fields: dict[str, Any]) -> Any:

@@ -1,0 +1,247 @@
+"""What a run will need, before anything starts: no weights are loaded, nothing is trained.
+
+Rows are read and tokenised and steps are drawn by the code that a run uses; what they cost follows from the model's
+structure (costs.py). Only this machine's speed is measured, by a product of the shape that the run has.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import registry
+from .cards import MethodCard
+from .costs import Pass, Structure, kept, structure
+from .errors import SubjectError
+from .methods.optimise import unlearn
+from .methods.optimise.loop import Drawn, Training, draw
+from .methods.optimise.scope import Resolved, resolve
+from .registry import Part
+from .rows import Row
+from .subjects.language import LanguageModel, Template
+from .subjects.packed import Encoded, batches, pack
+
+if TYPE_CHECKING:
+    from .request import Request
+
+ATTAINED = 0.6
+"""Share of the measured product rate that training reaches on large matrices."""
+SECONDS_PER_ROW = 2e-4
+"""Launching the operations on one row in one block, forward and backward."""
+SECONDS_PER_MOVED = 1e-9
+"""Gradient norm, clipping and AdamW per parameter that moves."""
+SAMPLED_STEPS = 32
+"""So many steps are packed and looked at; the others are taken to be like them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs: counts, FLOPs, bytes, seconds."""
+
+    request: str
+    model: str
+    method: str
+    scope: str
+    parameters: dict[str, Any]
+    tokens: dict[str, Any]
+    flops: dict[str, float]
+    memory: dict[str, float]
+    time: dict[str, float]
+    audit: dict[str, Any]
+    remarks: list[str]
+
+
+def plan(request: Request) -> Plan:
+    """What a run of this request will need.
+
+    Raises:
+        ExpungeError: whatever would stop the run itself: a request, rows, a model or a scope that cannot be used.
+    """
+    from .request import read_data
+
+    part = registry.get("methods", request.method.name)
+    subject = without_weights(request)
+    data = read_data(request)
+    found = estimate(subject, part, request.method.settings, scope=request.scope, data=data, training=request.training)
+    return Plan(
+        request=request.name, model=request.model, method=part.name, scope=str(request.scope), audit={}, **found
+    )
+
+
+def without_weights(request: Request) -> LanguageModel:
+    """The request's model on the meta device: its structure and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": request.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(request.model, **options)
+        config = AutoConfig.from_pretrained(request.model, **options)
+        dtype = getattr(torch, request.dtype) if request.dtype else config.dtype or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except Exception as error:  # transformers raises a dozen kinds here
+        raise SubjectError(f"model {request.model} cannot be read: {str(error).splitlines()[0]}") from error
+    return LanguageModel(model, tokenizer, request.model, Template(**request.template) if request.template else None)
+
+
+def estimate(
+    subject: LanguageModel,
+    part: Part,
+    settings: dict[str, Any],
+    *,
+    scope: str | dict[str, Any],
+    data: dict[str, list[Row]],
+    training: Training,
+) -> dict[str, Any]:
+    """The cost of one `optimise` method on one subject, which may be without weights.
+
+    Returns:
+        The entries parameters, tokens, flops, memory, time and remarks of a `Plan`.
+    """
+    chosen = part.resolve(settings)
+    resolved = resolve(scope, subject.model)
+    shape = structure(subject.model, resolved)
+    generator = torch.Generator().manual_seed(training.seed)
+    sides = unlearn._sides(part, chosen)
+    rows, held_out = unlearn._rows(subject, part, chosen, sides, data, training, generator)
+    leading = [side for side in sides if side != "retain"]
+    drawn = draw(rows, leading, training=training, generator=generator)
+    steps = len(drawn.steps)
+    sampled = [_rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
+    passes = [_pass(step) for step in sampled]
+
+    # A divergence from the start model also runs that model's head.
+    frozen_head = 2.0 * shape.head if chosen.get("retain") == "kl" else 0.0
+    flops = {
+        "needs": _needs(shape, part, chosen, drawn),
+        "steps": steps * _mean([_step(shape, p, sides, frozen_head, training) for p in passes]),
+        "guard": _checks(training, steps) * shape.forward(_pass([held_out])) if held_out else 0.0,
+    }
+    flops["total"] = sum(flops.values())
+    per_token = kept(subject, resolved, [row for side in sampled[0] for row in side]) if sampled else 0.0
+    memory = _memory(shape, resolved, passes, per_token or 0.0, training, bool(held_out))
+    per_epoch = math.ceil(min(len(rows[side]) for side in leading) / training.batch_size)
+    return {
+        "parameters": {
+            "total": shape.total,
+            "trainable": resolved.trainable,
+            "share": resolved.share,
+            "tensors": len(resolved.parameters) + 2 * len(resolved.lora.targets if resolved.lora else ()),
+        },
+        "tokens": {
+            "steps": steps,
+            "steps per epoch": per_epoch,
+            "fed per epoch": round(per_epoch * _mean([p.tokens for p in passes])),
+            "fed": round(steps * _mean([p.tokens for p in passes])),
+            "answer tokens": drawn.tokens[1],
+        },
+        "flops": flops,
+        "memory": memory,
+        "time": _time(subject, shape, flops["total"], steps, passes, _mean([sum(map(len, step)) for step in sampled])),
+        "remarks": []
+        if per_token is not None
+        else ["activations are not counted: the model cannot run without weights"],
+    }
+
+
+def _rows_of(drawn: Drawn, step: dict[str, list[int]]) -> list[list[Encoded]]:
+    return [[drawn.rows[side][i] for i in places] for side, places in step.items()]
+
+
+def _pass(sides: Sequence[Sequence[Encoded]]) -> Pass:
+    """What is fed when the rows of all sides go through packed."""
+    packed = pack([row for rows in sides for row in rows])
+    lengths = [(f.stop - f.start, packed.beginning if f.start >= packed.beginning else 0) for f in packed.families]
+    pairs = sum(length * (length + shared) for length, shared in lengths)
+    return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides))
+
+
+def _step(shape: Structure, fed: Pass, sides: list[str], frozen_head: float, training: Training) -> float:
+    """FLOPs of one optimiser step."""
+    flops = shape.forward(fed) + shape.backward(fed)
+    if frozen_head:
+        flops += frozen_head * fed.answers[sides.index("retain")]
+    if fed.tokens > training.micro_tokens:
+        # A step too large for one pass runs its decoder twice.
+        flops += shape.forward(Pass(fed.tokens, fed.pairs, ()))
+    return flops
+
+
+def _needs(shape: Structure, part: Part, settings: dict[str, Any], drawn: Drawn) -> float:
+    """FLOPs of what is computed once, for the rows that were drawn."""
+    assert isinstance(part.card, MethodCard)
+    needs = set(part.card.needs) | ({"retain.reference_hidden"} if settings.get("retain") == "kl" else set())
+    flops = 0.0
+    for side, _, quantity in (need.partition(".") for need in needs):
+        used = sorted({i for step in drawn.steps for i in step.get(side, [])})
+        if not quantity or not used:
+            continue
+        rows = [drawn.rows[side][i] for i in used]
+        for group in batches(rows, 4096):
+            fed = _pass([[rows[i] for i in group]])
+            flops += shape.forward(fed if quantity != "reference_hidden" else Pass(fed.tokens, fed.pairs, ()))
+    return flops
+
+
+def _checks(training: Training, steps: int) -> int:
+    """How often the guard looks at its rows."""
+    if not training.guard or not steps:
+        return 0
+    return 1 + steps // training.guard.every + (steps % training.guard.every > 0)
+
+
+def _memory(
+    shape: Structure, resolved: Resolved, passes: list[Pass], per_token: float, training: Training, guarded: bool
+) -> dict[str, float]:
+    """Bytes at the peak of a step, as if everything were held at once; the program itself comes on top."""
+    dense = sum(math.prod(size) for _, size in resolved.parameters)
+    adapters = resolved.trainable - dense
+    masters = 4 * dense if shape.item == 2 else 0
+    memory = {
+        "weights": shape.total * shape.item + dense * shape.item + 4 * adapters,
+        "fp32 masters": masters,
+        "gradients": dense * shape.item + masters + 4 * adapters,
+        "optimiser": 8 * resolved.trainable,
+        "best so far (guard)": 4 * resolved.trainable if guarded else 0,
+        "activations": per_token * max((min(p.tokens, training.micro_tokens) for p in passes), default=0),
+        "logits": max((shape.logits(p.answers) for p in passes), default=0),
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def _time(
+    subject: LanguageModel, shape: Structure, flops: float, steps: int, passes: list[Pass], rows: float
+) -> dict[str, float]:
+    """Seconds on this machine, from a measured product of the run's own shape."""
+    if not steps:
+        return {"FLOP per second": 0.0, "seconds": 0.0}
+    rate = product_rate(round(_mean([p.tokens for p in passes])), shape, subject.dtype)
+    # Small models wait for the launch of operations, not for arithmetic; the optimiser passes over what moves.
+    waiting = steps * (rows * shape.blocks * SECONDS_PER_ROW + shape.moved * SECONDS_PER_MOVED)
+    return {"FLOP per second": rate, "seconds": flops / (rate * ATTAINED) + waiting}
+
+
+def product_rate(tokens: int, shape: Structure, dtype: torch.dtype) -> float:
+    """FLOP per second of (tokens, d) @ (d, n) with the model's largest matrix: a median over a fifth of a second."""
+    hidden = shape.head // shape.vocabulary
+    inner = max(m.size for m in shape.matrices) // hidden
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = (torch.ones(size, dtype=dtype, device=device) for size in ((tokens, hidden), (hidden, inner)))
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 3 or time.perf_counter() - began < 0.2:
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * tokens * hidden * inner / sorted(seconds)[len(seconds) // 2]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,202 @@
+"""What a plan says is what a run needs: FLOPs by torch's counter, bytes by what autograd and the optimiser hold."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import ARCHITECTURES, CONFIGS, tiny
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from expunge import registry
+from expunge.costs import Pass, kept, structure
+from expunge.methods.optimise import loop
+from expunge.methods.optimise.loop import Training
+from expunge.methods.optimise.scope import resolve
+from expunge.methods.optimise.unlearn import unlearn
+from expunge.plan import estimate
+from expunge.rows import Row
+from expunge.subjects.language import LanguageModel
+from expunge.subjects.packed import Encoded, pack
+
+
+def counting() -> FlopCounterMode:
+    """torch's counter, with the one operation of ours that it does not know."""
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}
+    return FlopCounterMode(display=False, custom_mapping=in_place)
+
+
+def people(count: int) -> dict[str, list[Row]]:
+    return {
+        side: [
+            Row(id=f"{side}{i}", prompt=f"where was {side} {i} born?", answer=f"in Tivin {7 * i} of Carth")
+            for i in range(many)
+        ]
+        for side, many in (("forget", count), ("retain", 3 * count))
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_flops_of_a_pass_are_those_of_the_counter(architecture: str) -> None:
+    model, _ = tiny(architecture)
+    if getattr(model.config, "num_experts_per_tok", None):
+        model.set_experts_implementation("eager")  # the counter knows no products over groups of experts
+    model.set_attn_implementation("eager")
+    shape = structure(model, resolve("all", model))
+    fed = Pass(40, 40 * 40, (40,))
+    with counting() as forward:
+        logits = model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
+    with counting() as backward:
+        logits.float().sum().backward()
+    assert shape.forward(fed) == pytest.approx(forward.get_total_flops(), rel=0.005)
+    # Ours counts five products of attention, as fused kernels do; eager attention has four.
+    assert shape.backward(fed) == pytest.approx(backward.get_total_flops(), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "scope"),
+    [
+        ("llama", "npo", "all"),
+        ("llama", "grad_diff", "role:mlp_out@1"),
+        ("llama", "npo", "lora(r=4)"),
+        ("llama", "kl_minimisation", "layers:-1-"),
+        ("llama", "idk", "role:lm_head"),
+        ("gpt2", "dpo", "role:attention_qkv@1-2"),
+        ("gemma2", "simnpo", "lora(r=2, modules=attention, layers=1-2)"),
+    ],
+)
+def test_flops_of_a_run_are_those_of_the_counter(architecture: str, method: str, scope: str) -> None:
+    model, tokenizer = tiny(architecture)
+    subject = LanguageModel(model, tokenizer)
+    assert all((subject.mode, subject.fingerprint))  # not part of what is counted
+    part, training, data = registry.get("methods", method), Training(epochs=2, batch_size=8), people(12)
+    planned = estimate(subject, part, {}, scope=scope, data=data, training=training)
+    with counting() as counted, sdpa_kernel(SDPBackend.MATH):
+        outcome = unlearn(subject, part, {}, scope=scope, data=data, training=training)
+    assert planned["tokens"]["steps"] == outcome.summary["steps"]
+    assert planned["flops"]["total"] == pytest.approx(counted.get_total_flops(), rel=0.06)
+    assert planned["parameters"]["trainable"] == outcome.summary["scope"]["trainable"]
+
+
+def test_a_step_too_large_for_one_pass_costs_one_more_forward_pass() -> None:
+    model, tokenizer = tiny("llama")
+    part, data = registry.get("methods", "grad_diff"), people(8)
+    one, split = (
+        estimate(LanguageModel(model, tokenizer), part, {}, scope="all", data=data, training=training)["flops"]["steps"]
+        for training in (Training(steps=1, batch_size=8), Training(steps=1, batch_size=8, micro_tokens=100))
+    )
+    assert 1.2 < split / one < 4 / 3
+
+
+def test_small_scopes_cost_less() -> None:
+    model, tokenizer = tiny("llama")
+    subject, part, data = LanguageModel(model, tokenizer), registry.get("methods", "npo"), people(8)
+    costs = [
+        estimate(subject, part, {}, scope=scope, data=data, training=Training(steps=2))
+        for scope in ("all", "layers:1-", "role:mlp_out@2", "role:lm_head")
+    ]
+    for larger, smaller in pairwise(costs):
+        assert smaller["flops"]["steps"] < larger["flops"]["steps"]
+        assert smaller["memory"]["total"] < larger["memory"]["total"]
+        assert smaller["memory"]["optimiser"] == 8 * smaller["parameters"]["trainable"]
+
+
+def held_by_autograd(subject: LanguageModel, rows: list[Encoded]) -> int:
+    """Bytes of distinct storages that a pass keeps for backward, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in subject.model.parameters()}
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        subject.hidden_states(pack(rows))
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", ["all", "role:attention_out@1"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral", "deepseek"])
+def test_activations_are_within_three_fifths_of_what_autograd_keeps(architecture, scope, dtype) -> None:
+    name, settings = CONFIGS[architecture]
+    wide = {"hidden_size": 128, "n_embd": 128, "intermediate_size": 320, "moe_intermediate_size": 64, "head_dim": 32}
+    settings = {key: wide.get(key, value) for key, value in settings.items()}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings)).eval().to(dtype)
+    subject = LanguageModel(model, tiny("llama")[1])
+    resolved = resolve(scope, model)
+    rows = [Encoded(tuple((7 * i + 3 * j) % 290 + 5 for j in range(50)), 25, 1, "") for i in range(8)]
+    predicted = kept(subject, resolved, rows) * pack(rows).tokens
+    model.requires_grad_(False)
+    for parameter_name, _ in resolved.parameters:
+        model.get_parameter(parameter_name).requires_grad_(True)
+    assert 0.85 < predicted / held_by_autograd(subject, rows) < 1.6
+
+
+def resident(what: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at the highest (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def measure() -> None:
+    """Run in a process of its own: prints planned and measured peak bytes of training 23M parameters."""
+    import peft  # noqa: F401  (the program itself is not part of the plan)
+
+    torch.set_num_threads(1)
+    config = transformers.LlamaConfig(
+        vocab_size=4000,
+        hidden_size=512,
+        intermediate_size=1400,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        max_position_embeddings=256,
+    )
+    subject = LanguageModel(transformers.AutoModelForCausalLM.from_config(config).eval(), tiny("llama")[1])
+    part, training, data = registry.get("methods", "npo"), Training(steps=2, batch_size=8), people(20)
+    subject.score([(("0", "answer"), subject.encode(data["forget"][0]))])
+    before = resident("VmRSS")
+    unlearn(subject, part, {}, scope=sys.argv[1], data=data, training=training)
+    grown = resident("VmHWM") - before
+    planned = estimate(subject, part, {}, scope=sys.argv[1], data=data, training=training)["memory"]
+    print(planned["total"], grown + 4 * subject.model.num_parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc")
+@pytest.mark.parametrize("scope", ["all", "layers:-2-", "lora(r=8)"])
+def test_peak_memory_is_within_a_fifth_of_the_process(scope: str) -> None:
+    code = "import test_plan; test_plan.measure()"
+    # Freed memory goes back at once: what the allocator hoards is not part of the plan.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, scope], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    planned, measured = map(float, done.stdout.split())
+    assert 0.8 < planned / measured < 1.2
+
+
+def test_the_loop_holds_what_the_plan_says() -> None:
+    """Eight bytes of optimiser state and four of gradient for every fp32 parameter that moves."""
+    model, tokenizer = tiny("llama")
+    subject, part, data = LanguageModel(model, tokenizer), registry.get("methods", "grad_diff"), people(8)
+    planned = estimate(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
+    held: dict[str, int] = {}
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *arguments: object, **named: object) -> None:
+            moved = [p for group in self.param_groups for p in group["params"]]
+            held["gradients"] = sum(p.grad.nbytes for p in moved)
+            super().step(*arguments, **named)
+            held["optimiser"] = sum(t.nbytes for p in moved for t in self.state[p].values() if t.ndim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.torch.optim, "AdamW", Spy)
+        unlearn(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
+    assert held == {name: planned["memory"][name] for name in held}
