@@ -240,13 +240,13 @@ def decide(
         return verdict(
             "inconclusive",
             f"Asked directly, the model gives {_share(direct.value)} of what it knew; the interval reaches from "
-            f"{_share(direct.low)} to {_share(direct.high)}, so it cannot be told from chance. More forget entities help.",
+            f"{_share(direct.low)} to {_share(direct.high)}, so it cannot be told from chance. More forget "
+            "entities help.",
         )
     found = [group for group in judged_groups if back(group)]
     if found:
-        names = by or [max(judgement.by_group[g], key=lambda p: p.recovery.value).attack for g in found]  # type: ignore[union-attr]
-        if not by:
-            by.extend(names)
+        if not by:  # only together do the group's probes pass the bar: name the strongest
+            by.extend(max(judgement.by_group[group], key=_value).attack for group in found)
         return verdict(
             "suppressed",
             f"Asked directly, the model no longer tells, but the knowledge comes back through {', '.join(by)}.",
@@ -271,6 +271,10 @@ def decide(
         "removed_under_tested_attacks",
         "Under every tested attack the model behaves like one that never saw the data.",
     )
+
+
+def _value(probe: Judged) -> float:
+    return probe.recovery.value if probe.recovery else float("-inf")
 
 
 def _share(value: float) -> str:

@@ -101,7 +101,7 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         progress: (done, total) prompts and rows, over all passes.
     """
     store = store or Store(None)
-    names = [_name(subject, ask) for ask in asks]
+    names = [_name(subject, ask) if store.folders else None for ask in asks]
     answers: list[Any] = [_kept(store, name) if name else None for name in names]
     open_ = [i for i, answer in enumerate(answers) if answer is None]
     generating: dict[tuple[Any, ...], list[int]] = {}
