@@ -1,11 +1,48 @@
-"""Rows: what is to be forgotten, kept or asked, read from the files people bring."""
+"""Rows: what is to be forgotten, kept or asked, read from the files people bring.
+
+jsonl, json (a list, or columns), csv, parquet, a folder of such files, or a hub id. What a row is follows from its
+fields: `text`; `question` and `answer`; `prompt` and `completion`; or `messages`, whose last assistant turn is the
+answer. Other names are mapped with `fields`. Every error names file, row and field.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import RowError, suggest
 
 Message = tuple[str, str]
 """(role, content)"""
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+KNOWN = {
+    "id": ("id",),
+    "text": ("text",),
+    "question": ("question",),
+    "answer": ("answer",),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "messages": ("messages",),
+    "entity": ("entity", "subject"),
+    "value": ("value",),
+    "aliases": ("aliases",),
+    "paraphrased_questions": ("paraphrased_questions", "paraphrased_question"),
+    "paraphrased_answer": ("paraphrased_answer",),
+    "perturbed_answers": ("perturbed_answers", "perturbed_answer"),
+    "relation": ("relation",),
+    "task": ("task",),
+}
+"""Our names, and the column names that are taken for them without a mapping."""
+LISTS = ("aliases", "paraphrased_questions", "perturbed_answers")
+SHAPES = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
+KINDS = {"messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +75,304 @@ class Row:
     """qa, cloze, multi_hop, passage ...: the format, for the skill checks."""
     source: str = ""
     """file:row, for error messages."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a row set comes from."""
+
+    path: str
+    """File, folder or hub id."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Our field name to the column's name."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    entity_every: int | None = None
+    """Rows come in blocks of so many about one entity (TOFU: 20)."""
+
+
+def read_rows(source: Source, name: str) -> list[Row]:
+    """All rows of a set, in order; nothing is dropped or cut.
+
+    Args:
+        name: of the set; rows without an id are called `name/1`, `name/2` ...
+
+    Raises:
+        RowError: the source cannot be read, or a row is not what it must be.
+    """
+    unknown = [ours for ours in source.fields if ours not in KNOWN]
+    if unknown:
+        raise RowError(f"fields: there is no field {unknown[0]!r} to map. {suggest(unknown[0], KNOWN)}")
+    if source.entity_every is not None and source.entity_every < 1:
+        raise RowError(f"{source.path}: entity_every is {source.entity_every}, expected at least 1")
+    rows: list[Row] = []
+    for where, record in _records(source):
+        row = _row(where, record, source.fields, f"{name}/{len(rows) + 1}")
+        if not row.entity:
+            block = len(rows) // source.entity_every + 1 if source.entity_every else None
+            row = replace(row, entity=f"{name}/block {block}" if block else row.id)
+        rows.append(row)
+    if not rows:
+        raise RowError(f"{source.path}: 0 rows, expected at least 1")
+    first: dict[str, str] = {}
+    for row in rows:
+        if row.id in first:
+            raise RowError(f"{row.source}: id {row.id!r} was used in {first[row.id]} already; ids must be unique")
+        first[row.id] = row.source
+    return rows
+
+
+def fingerprint(rows: Sequence[Row], salt: str) -> str:
+    """A salted hash of what rows say, in any order; it gives away nothing about them."""
+    content = sorted(json.dumps([r.prompt, r.answer, r.messages], ensure_ascii=False) for r in rows)
+    return hashlib.sha256(json.dumps([salt, content], ensure_ascii=False).encode()).hexdigest()
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+Record = tuple[str, dict[str, Any]]
+"""(where, columns)"""
+
+
+def _records(source: Source) -> Iterator[Record]:
+    path = Path(source.path)
+    if path.is_file():
+        yield from _file(path)
+    elif path.is_dir():
+        yield from _folder(path)
+    elif path.suffix in SUFFIXES or path.is_absolute() or source.path.startswith((".", "~")):
+        near = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
+        hint = f" {suggest(path.name, near)}" if near else ""
+        raise RowError(f"data file {source.path} does not exist.{hint}")
+    else:
+        yield from _hub(source)
+
+
+def _folder(path: Path) -> Iterator[Record]:
+    if (path / "dataset_info.json").is_file():
+        yield from _saved(path)
+        return
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+    if not files:
+        raise RowError(f"folder {path} has no data files; expected {', '.join(SUFFIXES)}")
+    for file in files:
+        yield from _file(file)
+
+
+def _file(path: Path) -> Iterator[Record]:
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise RowError(f"{path}: {path.suffix or 'no suffix'} is not a data format; expected {', '.join(SUFFIXES)}")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise RowError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise RowError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RowError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+            yield _mapping(f"{path}:{number}", record)
+
+
+def _mapping(where: str, record: Any) -> Record:
+    if not isinstance(record, dict):
+        raise RowError(f"{where}: found {type(record).__name__}, expected an object with named fields")
+    return where, record
+
+
+def _json(path: Path) -> Iterator[Record]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise RowError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    if isinstance(data, dict):
+        lists = {name: values for name, values in data.items() if isinstance(values, list)}
+        if len(lists) != len(data) or not data:
+            raise RowError(f"{path}: found an object, expected a list of rows or an object of columns")
+        lengths = {len(values) for values in lists.values()}
+        if len(lengths) != 1:
+            found = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
+            raise RowError(f"{path}: columns have different lengths ({found})")
+        data = [dict(zip(lists, values)) for values in zip(*lists.values())]
+    if not isinstance(data, list):
+        raise RowError(f"{path}: found {type(data).__name__}, expected a list of rows or an object of columns")
+    for number, record in enumerate(data, start=1):
+        yield _mapping(f"{path}: row {number}", record)
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(1 << 27)
+        try:
+            reader = csv.DictReader(file, strict=True)
+            for number, record in enumerate(reader, start=1):
+                where = f"{path}: row {number}"
+                if None in record:
+                    raise RowError(f"{where}: has more cells than the header names; quote cells that contain commas")
+                yield where, {key: value for key, value in record.items() if value not in ("", None)}
+        except csv.Error as error:
+            raise RowError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise RowError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield f"{path}: row {number}", record
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise RowError("reading hub data sets needs the extra: pip install 'expunge[hub]'") from None
+    return datasets
+
+
+def _saved(path: Path) -> Iterator[Record]:
+    try:
+        data = _datasets().load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise RowError(f"{path}: not a readable saved data set: {str(error).splitlines()[0]}") from None
+    for number, record in enumerate(data, start=1):
+        yield _mapping(f"{path}: row {number}", record)
+
+
+def _hub(source: Source) -> Iterator[Record]:
+    datasets = _datasets()
+    try:
+        data = datasets.load_dataset(source.path, source.config, split=source.split)
+    except Exception as error:  # the library raises many kinds for unknown names, splits and no connection
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RowError(f"{source.path}: no such file or folder, and as a hub data set: {reason}") from None
+    for number, record in enumerate(data, start=1):
+        yield f"{source.path}: row {number}", record
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _row(where: str, record: dict[str, Any], fields: Mapping[str, str], fallback: str) -> Row:
+    columns = {ours: _column(ours, record, fields, where) for ours in KNOWN}
+    given = {ours: record[column] for ours, column in columns.items() if column is not None}
+    given = {ours: value for ours, value in given.items() if not _missing(value)}
+    shape = next((s for s in SHAPES if set(s) <= set(given)), None)
+    if shape is None:
+        half = next((s for s in SHAPES if s[0] in given), None)
+        if half:
+            column = columns[half[1]]
+            raise RowError(f"{where}: field {column or half[1]!r} is {'empty' if column else 'missing'}, expected text")
+        found = ", ".join(map(str, record)) or "none"
+        raise RowError(
+            f"{where}: found the fields {found}; expected question and answer, prompt and completion, messages, or "
+            f"text. Map other names with fields, e.g. fields: {{question: {next(iter(record), 'q')}}}"
+        )
+    texts = {
+        ours: _text(where, str(columns[ours]), value)
+        for ours, value in given.items()
+        if ours not in LISTS and ours != "messages"
+    }
+    lists = {ours: _list(where, str(columns[ours]), given[ours]) for ours in LISTS if ours in given}
+    messages: tuple[Message, ...] = ()
+    if shape == ("messages",):
+        messages, prompt, answer = _chat(where, given["messages"])
+    elif shape == ("text",):
+        prompt, answer = "", texts["text"]
+    else:
+        prompt, answer = texts[shape[0]], texts[shape[1]]
+    return Row(
+        id=texts.get("id", fallback),
+        answer=answer,
+        prompt=prompt,
+        messages=messages,
+        kind=KINDS[shape[0]],
+        entity=texts.get("entity", ""),
+        value=texts.get("value", ""),
+        aliases=lists.get("aliases", ()),
+        paraphrased_prompts=lists.get("paraphrased_questions", ()),
+        paraphrased_answer=texts.get("paraphrased_answer", ""),
+        perturbed_answers=lists.get("perturbed_answers", ()),
+        relation=texts.get("relation", ""),
+        task=texts.get("task", ""),
+        source=where,
+    )
+
+
+def _column(ours: str, record: dict[str, Any], fields: Mapping[str, str], where: str) -> str | None:
+    if ours in fields:
+        if fields[ours] not in record:
+            raise RowError(
+                f"{where}: fields maps {ours} to {fields[ours]!r}, which the row does not have. "
+                f"{suggest(fields[ours], map(str, record))}"
+            )
+        return fields[ours]
+    return next((name for name in KNOWN[ours] if name in record), None)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value == "" or value == []
+
+
+def _text(where: str, column: str, value: Any) -> str:
+    # Numbers are taken as they are written (a year, an age); true/false and structures are mistakes.
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise RowError(f"{where}: field {column!r} holds {type(value).__name__} {value!r}, expected text")
+    if not value.strip():
+        raise RowError(f"{where}: field {column!r} is blank, expected text")
+    if "\x00" in value:
+        raise RowError(f"{where}: field {column!r} contains a zero byte, expected text")
+    return value
+
+
+def _list(where: str, column: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError(f"{where}: field {column!r} looks like a JSON list but is none: {error.msg}") from None
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(_text(where, column, item) for item in values)
+
+
+def _chat(where: str, value: Any) -> tuple[tuple[Message, ...], str, str]:
+    """(turns before the answer, last user turn, answer)"""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError(f"{where}: field 'messages' is not JSON: {error.msg}") from None
+    if not isinstance(value, list):
+        raise RowError(f"{where}: field 'messages' holds {type(value).__name__}, expected a list of turns")
+    turns: list[Message] = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise RowError(f"{where}: messages, turn {number}: expected an object with role and content")
+        turns.append((turn["role"], _text(f"{where}: messages, turn {number}", "content", turn.get("content"))))
+    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    if last is None:
+        raise RowError(f"{where}: messages: no turn of the assistant, so there is no answer")
+    if last != len(turns) - 1:
+        raise RowError(f"{where}: messages: the last turn is by {turns[-1][0]!r}, expected the assistant's answer")
+    before = tuple(turns[:last])
+    if not before or before[-1][0] != "user":
+        raise RowError(f"{where}: messages: the turn before the answer must be the user's")
+    return before, before[-1][1], turns[last][1]

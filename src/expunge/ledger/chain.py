@@ -1,0 +1,188 @@
+"""An append-only table in SQLite in which every entry carries the hash of the one before.
+
+What is written: hashes, counts, names of methods, settings, verdicts. Rows, paths, reasons and names of persons never
+are; row sets appear as hashes salted with a secret of this ledger.
+
+`verify` finds entries that were changed, removed, reordered or inserted, and a tail that was cut (the head is recorded
+too). Whoever can write the file can also make a new, consistent one from the start: against that only a copy of the
+head hash kept elsewhere helps (`expunge ledger verify` prints it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import LedgerError, suggest
+
+EVENTS = ("request_received", "started", "resumed", "interrupted", "finished", "failed")
+FIELDS = (
+    "request",  # hash of the request
+    "run",  # key of the run
+    "kind",  # change or audit
+    "rows",  # counts by set
+    "entities",
+    "fingerprints",  # salted hashes by set
+    "model",  # fingerprint before
+    "result",  # fingerprint after
+    "delta",
+    "gold",  # fingerprints
+    "method",
+    "settings",
+    "scope",
+    "training",
+    "proof",
+    "seed",
+    "verdict",
+    "flags",
+    "error",  # code only
+    "versions",
+    "evidence",  # hash of evidence.json
+)
+"""What an entry may hold. Anything else is refused, so that no personal data gets in by accident."""
+START = "0" * 64
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS entry (
+    number INTEGER PRIMARY KEY, time TEXT NOT NULL, event TEXT NOT NULL, body TEXT NOT NULL,
+    previous TEXT NOT NULL, hash TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS head (one INTEGER PRIMARY KEY CHECK (one = 1), number INTEGER, hash TEXT, salt TEXT);
+CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'append only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event."""
+
+    number: int
+    time: str
+    event: str
+    body: dict[str, Any]
+    previous: str
+    hash: str
+
+
+def default_path() -> Path:
+    """EXPUNGE_LEDGER, or ~/.local/share/expunge/ledger.sqlite."""
+    return Path(os.environ.get("EXPUNGE_LEDGER") or Path.home() / ".local" / "share" / "expunge" / "ledger.sqlite")
+
+
+class Ledger:
+    """A ledger file; it is made when the first entry is written."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = Path(path) if path is not None else default_path()
+
+    @contextmanager
+    def _open(self, *, create: bool = False) -> Iterator[sqlite3.Connection]:
+        if not create and not self.path.is_file():
+            raise LedgerError(f"there is no ledger at {self.path}; it is made by the first run")
+        connection = None
+        try:
+            if create:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            if create:
+                connection.executescript(TABLES)
+            yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerError(f"ledger {self.path} cannot be used: {error}") from None
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def append(self, event: str, **fields: Any) -> Entry:
+        """Write one entry; concurrent writers wait for one another.
+
+        Raises:
+            LedgerError: an unknown event or field, or the file cannot be written.
+        """
+        if event not in EVENTS:
+            raise LedgerError(f"there is no event {event!r}. {suggest(event, EVENTS)}")
+        for name in fields:
+            if name not in FIELDS:
+                raise LedgerError(f"the ledger takes no field {name!r}, so that nothing personal gets in")
+        body = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        with self._open(create=True) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            number, previous, _ = self._head(connection)
+            time = datetime.now(UTC).isoformat(timespec="seconds")
+            entry = _entry(number + 1, time, event, body, previous)
+            connection.execute(
+                "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?)", (number + 1, time, event, body, previous, entry.hash)
+            )
+            connection.execute("UPDATE head SET number = ?, hash = ?", (number + 1, entry.hash))
+            connection.execute("COMMIT")
+        return entry
+
+    @staticmethod
+    def _head(connection: sqlite3.Connection) -> tuple[int, str, str]:
+        found = connection.execute("SELECT number, hash, salt FROM head").fetchone()
+        if found is None:
+            found = (0, START, secrets.token_hex(16))
+            connection.execute("INSERT INTO head VALUES (1, ?, ?, ?)", found)
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def salt(self) -> str:
+        """The secret that row fingerprints of this ledger are made with."""
+        with self._open(create=True) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            salt = self._head(connection)[2]
+            connection.execute("COMMIT")
+        return salt
+
+    def list(self) -> list[Entry]:
+        """All entries, oldest first."""
+        with self._open() as connection:
+            rows = connection.execute("SELECT number, time, event, body, previous, hash FROM entry ORDER BY number")
+            return [Entry(n, t, e, json.loads(b), p, h) for n, t, e, b, p, h in rows]
+
+    def show(self, number: int) -> Entry:
+        """One entry."""
+        found = [entry for entry in self.list() if entry.number == number]
+        if not found:
+            raise LedgerError(f"the ledger has no entry {number}; it has {len(self.list())}")
+        return found[0]
+
+    def verify(self) -> tuple[bool, str]:
+        """Whether the chain is whole, and a sentence: the head hash, or the first broken entry."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT number, time, event, body, previous, hash FROM entry ORDER BY number"
+            ).fetchall()
+            head = connection.execute("SELECT number, hash FROM head").fetchone() or (0, START)
+        previous = START
+        for place, (number, time, event, body, before, hash_) in enumerate(rows, start=1):
+            if number != place:
+                return False, f"entry {place} is missing"
+            if before != previous:
+                return False, f"entry {number} does not follow entry {number - 1}: the chain is broken there"
+            if _entry(number, time, event, body, before).hash != hash_:
+                return False, f"entry {number} was changed after it was written"
+            previous = hash_
+        if (len(rows), previous) != tuple(head):
+            return False, f"the ledger ends at entry {len(rows)}, its head record says {head[0]}: the tail was cut"
+        return True, f"{len(rows)} entries, whole; head {previous}"
+
+    def export(self) -> str:
+        """All entries as JSON lines, the head hash last."""
+        ok, message = self.verify()
+        entries = [json.dumps(asdict(entry), ensure_ascii=False) for entry in self.list()]
+        return "\n".join([*entries, json.dumps({"verified": ok, "message": message})]) + "\n"
+
+
+def _entry(number: int, time: str, event: str, body: str, previous: str) -> Entry:
+    content = json.dumps([number, time, event, body, previous], ensure_ascii=False, separators=(",", ":"))
+    return Entry(number, time, event, json.loads(body), previous, hashlib.sha256(content.encode()).hexdigest())

@@ -1,0 +1,360 @@
+"""The request: what to forget, what to keep, on which model, how, and how well it must be proved.
+
+A YAML or JSON file. `expunge schema` prints its schema; every mistake is one sentence that names file and field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from . import registry
+from .errors import RequestError, RowError, suggest
+from .rows import SUFFIXES, Row, Source, read_rows
+
+SETS = ("forget", "retain", "holdout", "neighbour", "general")
+ENTITIES = 8
+"""With fewer forgotten entities no verdict can be given."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class DataSource(_Strict):
+    """Where a row set comes from."""
+
+    path: str = Field(description="File (jsonl, json, csv, parquet), folder, or hub id.")
+    fields: dict[str, str] = Field({}, description="Our field name to the column's name, e.g. {question: q}.")
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    entity_every: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Rows come in blocks of so many about one entity (TOFU: 20)."
+    )
+
+
+class Data(_Strict):
+    """The row sets."""
+
+    forget: str | DataSource = Field(description="What should be gone.")
+    retain: str | DataSource | None = Field(None, description="What must stay, of the same kind as forget.")
+    holdout: str | DataSource | None = Field(None, description="Same kind as forget, in no model's training.")
+    neighbour: str | DataSource | None = Field(None, description="Near the forgotten, but not about it.")
+    general: str | DataSource | None = Field(None, description="Anything else the model must keep knowing.")
+
+
+class TemplateSettings(_Strict):
+    """How question and answer become text; not used when the tokenizer brings a chat template."""
+
+    prompt: str = Field("Question: {question}\nAnswer:", description="Must contain {question}.")
+    separator: str = Field(" ", description="Between prompt and answer.")
+
+
+class GuardSettings(_Strict):
+    """The utility guard: stops a run whose loss on held-out retain rows leaves the band, and steps back."""
+
+    band: Annotated[float, Field(gt=0)] = Field(1.0, description="Nats per answer token above the start.")
+    patience: Annotated[int, Field(ge=1)] = Field(3, description="Checks outside the band before stopping.")
+    every: Annotated[int, Field(ge=1)] = Field(10, description="Optimiser steps between checks.")
+    rows: Annotated[int, Field(ge=1)] = Field(32, description="Retain rows held out, at most a fifth of them.")
+
+
+class TrainingSettings(_Strict):
+    """How an objective is optimised."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(5.0, description="Passes over the forget rows.")
+    steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Optimiser steps, in place of epochs.")
+    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Forget rows in a step, with as many retain rows.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="Of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Of AdamW.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient clipping; 0 is none.")
+    seed: int = Field(0, description="Draws everything random of the run.")
+    guard: GuardSettings | Literal[False] = Field(GuardSettings(), description="The utility guard, or false.")
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(60.0, description="Between checkpoints of a run.")
+    micro_tokens: Annotated[int, Field(ge=1)] = Field(16384, description="Tokens with activations held at once.")
+
+
+Named = str | dict[str, dict[str, Any]]
+
+
+class AuditSettings(_Strict):
+    """How the result is attacked and measured."""
+
+    attacks: list[Named] | None = Field(None, description="Names, or {name: settings}; all by default.")
+    metrics: list[Named] | None = Field(None, description="Names, or {name: settings}; all by default.")
+    seed: int = Field(0, description="Of bootstrap, sampling and relearning.")
+    bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="Resamples of entities.")
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Length of answers; the longest known answer and a few tokens by default."
+    )
+    self_test: bool = Field(True, description="Try the instrument on models whose truth is known.")
+
+
+class Request(_Strict):
+    """What to forget, what to keep, on which model, how, and how well it must be proved."""
+
+    name: str = Field("", description="Of the run; the file's name by default.")
+    reason: str = Field("", description="Why, for the record; do not name persons here.")
+    model: str = Field(description="The model: folder or hub id.")
+    gold: list[str] = Field([], description="Models trained without the forget rows, one per seed.")
+    gold_kind: Literal["exact", "surrogate"] = Field("exact", description="Whether gold was really retrained.")
+    data: Data = Field(description="The row sets.")
+    fields: dict[str, str] = Field({}, description="Default field mapping of all row sets.")
+    template: TemplateSettings | None = Field(None, description="How question and answer become text.")
+    method: str | dict[str, Any] = Field("npo", description="Name, or {name: ..., parameter: value ...}.")
+    scope: str | dict[str, Any] = Field("all", description="Which weights may move.")
+    training: TrainingSettings = Field(TrainingSettings(), description="How an objective is optimised.")
+    audit: AuditSettings = Field(AuditSettings(), description="How the result is attacked and measured.")
+    proof: Literal["quick", "standard", "thorough"] = Field("standard", description="Budget of the attacks.")
+    access: Literal["weights", "api"] = Field("weights", description="What an attacker can reach.")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1 ...; the best there is by default.")
+    dtype: str | None = Field(None, description="float32, bfloat16 ...; the stored one by default.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    out: str | None = Field(None, description="Folder of the run; runs/<name> by default.")
+
+    @property
+    def method_name(self) -> str:
+        return self.method if isinstance(self.method, str) else str(self.method["name"])
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        return {} if isinstance(self.method, str) else {k: v for k, v in self.method.items() if k != "name"}
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the request file."""
+    return Request.model_json_schema()
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Request:
+    """Read a request file; paths in it are relative to it.
+
+    Args:
+        overrides: other values for fields by dotted name, e.g. {"training.epochs": 3}.
+
+    Raises:
+        RequestError: the file is missing or malformed; the sentence names field, what was found and what is expected.
+    """
+    path = Path(path)
+    values = _parse(path)
+    for name, value in (overrides or {}).items():
+        at = values
+        *parents, last = name.split(".")
+        for parent in parents:
+            below = at.setdefault(parent, {})
+            if not isinstance(below, dict):
+                raise RequestError(f"{path}: cannot set {name}: {parent} is {below!r}, not a mapping")
+            at = below
+        at[last] = value
+    try:
+        request = Request.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise RequestError(f"{path}: {_sentence(error, values)}") from None
+    if request.template and "{question}" not in request.template.prompt:
+        raise RequestError(
+            f"{path}: template.prompt is {request.template.prompt!r}, expected it to contain {{question}}"
+        )
+    if isinstance(request.method, dict) and not isinstance(request.method.get("name"), str):
+        raise RequestError(f"{path}: method is a mapping without a name; expected {{name: npo, beta: 0.1}}")
+    name = request.name or path.stem
+    if not re.fullmatch(r"[\w.-]{1,80}", name):
+        raise RequestError(f"{path}: name is {name!r}; expected letters, digits, '.', '_' and '-', at most 80")
+    return _absolute(request.model_copy(update={"name": name}), path.parent)
+
+
+class _Unique(Exception):
+    pass
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = loader.construct_object(key, deep=True)
+            if name in seen:
+                raise _Unique(f"line {key.start_mark.line + 1}: {name!r} is given twice")
+            seen.add(name)
+        return loader.construct_mapping(node, deep=True)  # type: ignore[no-any-return]
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder, expected a request file (YAML or JSON)")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = [p.name for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json")]
+        hint = f" {suggest(path.name, near)}" if near and path.parent.is_dir() else ""
+        raise RequestError(f"request file {path} does not exist.{hint}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except _Unique as error:
+        raise RequestError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        raise RequestError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise RequestError(f"{path}: found {found}, expected fields such as model: and data:")
+    return values
+
+
+def _sentence(error: pydantic.ValidationError, values: Any) -> str:
+    """The first mistake in our words: field, found, expected."""
+    found = error.errors()
+    first = max(found, key=lambda e: len(e["loc"])) if found[0]["type"] in ("string_type",) else found[0]
+    parts = [str(part) for part in first["loc"] if part not in ("str", "DataSource", "GuardSettings")]
+    parts = [part for part in parts if not part.startswith(("dict[", "literal[", "list[", "function-"))]
+    field = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        model: Any = Request
+        for part in parts[:-1]:
+            model = _model_of(model, part) or model
+        return f"there is no field {field!r}. {suggest(parts[-1], model.model_fields)}"
+    if first["type"] == "missing":
+        return f"field {field} is missing"
+    return f"field {field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _model_of(model: Any, field: str) -> Any:
+    info = model.model_fields.get(field)
+    options = [] if info is None else [info.annotation, *getattr(info.annotation, "__args__", ())]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _absolute(request: Request, folder: Path) -> Request:
+    """Paths that exist beside the file are taken; everything else may be a hub id or an error later."""
+
+    def place(text: str) -> str:
+        path = (folder / Path(text).expanduser()).absolute()
+        looks_local = text.startswith((".", "/", "~")) or Path(text).suffix != "" or path.exists()
+        return str(path) if path.exists() or (looks_local and not _hub_like(text)) else text
+
+    sets = {}
+    for name in SETS:
+        source = getattr(request.data, name)
+        if isinstance(source, str):
+            source = DataSource(path=source)
+        if source is not None:
+            sets[name] = source.model_copy(
+                update={"path": place(source.path), "fields": {**request.fields, **source.fields}}
+            )
+    out = request.out and str((folder / Path(request.out).expanduser()).absolute())
+    return request.model_copy(
+        update={
+            "model": place(request.model),
+            "gold": [place(path) for path in request.gold],
+            "data": request.data.model_copy(update=sets),
+            "out": out,
+        }
+    )
+
+
+def _hub_like(text: str) -> bool:
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", text)) and Path(text).suffix not in (
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".parquet",
+    )
+
+
+def check(request: Request) -> None:
+    """Resolve method, attacks and metrics through the registry.
+
+    Raises:
+        UnknownNameError, ParameterError: no such part or parameter.
+    """
+    registry.get("methods", request.method_name).resolve(request.method_settings)
+    for room, asked in (("attacks", request.audit.attacks), ("metrics", request.audit.metrics)):
+        for name, settings in named(asked) or []:
+            registry.get(room, name).resolve(settings)
+
+
+def named(asked: list[Named] | None) -> list[tuple[str, dict[str, Any]]] | None:
+    """Names with their settings; None where everything is asked for."""
+    if asked is None:
+        return None
+    found: list[tuple[str, dict[str, Any]]] = []
+    for one in asked:
+        if isinstance(one, str):
+            found.append((one, {}))
+        elif len(one) == 1:
+            found.append(next(iter(one.items())))
+        else:
+            raise RequestError(f"audit: {one!r} is not understood; expected a name, or one name with its settings")
+    return found
+
+
+def read_data(request: Request) -> dict[str, list[Row]]:
+    """All row sets, checked against one another.
+
+    Raises:
+        RowError, RequestError: a file or row that cannot be used; sets that contradict one another.
+    """
+    data: dict[str, list[Row]] = {}
+    for name in SETS:
+        source = getattr(request.data, name)
+        if source is not None:
+            if isinstance(source, str):
+                source = DataSource(path=source, fields=request.fields)
+            data[name] = read_rows(Source(**source.model_dump()), name)
+    ids: dict[str, Row] = {}
+    said: dict[tuple[Any, ...], tuple[str, Row]] = {}
+    for name, rows in data.items():
+        for row in rows:
+            if row.id in ids:
+                raise RowError(
+                    f"{row.source}: id {row.id!r} was used in {ids[row.id].source} already; ids must be unique"
+                )
+            ids[row.id] = row
+            for text in row.perturbed_answers:
+                if text.strip() == row.answer.strip():
+                    raise RowError(f"{row.source}: perturbed answer {text!r} equals the answer, it must be wrong")
+            key = (row.prompt.strip(), row.messages, row.answer.strip())
+            other, twin = said.setdefault(key, (name, row))
+            if {other, name} == {"forget", "retain"}:
+                raise RequestError(
+                    f"{row.source} is to be kept and {twin.source} to be forgotten, but they say the same; "
+                    "take the row out of one of them"
+                )
+            if other != name and "holdout" in (other, name):
+                raise RequestError(f"holdout row {row.source} also stands in {twin.source}; no model may have seen it")
+    return data
+
+
+def warnings(data: Mapping[str, list[Row]]) -> list[str]:
+    """What the report must say about the rows beforehand."""
+    found = []
+    entities = {row.entity for row in data["forget"]}
+    if len(entities) < ENTITIES:
+        found.append(
+            f"The forget rows name {len(entities)} entities; below {ENTITIES} chance is too large for a verdict."
+        )
+    if all(row.entity == row.id for row in data["forget"]):
+        found.append(
+            "The forget rows name no entity, so every row counts as one; rows about one person are not independent, "
+            "and the intervals are then too narrow. Give an entity field or entity_every."
+        )
+    if "retain" not in data:
+        found.append("There are no retain rows: what was hurt cannot be told.")
+    return found

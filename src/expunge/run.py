@@ -1,0 +1,426 @@
+"""The main job: a request goes in; a changed model and its evidence come out.
+
+Killed anywhere, the same command goes on.
+
+The folder of a run:
+
+    run.json        what this run is (its key) and how far it got
+    request.json    the request with every setting resolved
+    checkpoint/     the optimiser's state while a method runs
+    delta/          what the method changed
+    method.json     what the method says of its run
+    tables/         what the models said, as arrow files
+    evidence.json, report.html, report.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+from .cards import card_dict
+from .errors import OutputError, RequestError
+from .evidence import Evidence
+from .files import write_text
+from .ledger import Ledger
+from .request import Request, check, load, named, read_data
+from .rows import Row
+from .tables.store import content_key
+
+if TYPE_CHECKING:
+    from .subjects.language import LanguageModel
+
+Progress = Callable[[str, int, int], None]
+"""(phase, done, total)"""
+
+VERSION = 1
+"""Raised when the same request would give another result than before; runs of another version are not resumed."""
+
+
+def forget(
+    request: str | Path,
+    *,
+    out: str | Path | None = None,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    scope: str | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Carry out the request file; see `expunge.forget`."""
+    made = load(request, overrides)
+    return run(made, out=out, method=method, settings=settings, scope=scope, progress=progress)
+
+
+def run(
+    request: Request,
+    *,
+    out: str | Path | None = None,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    scope: str | Mapping[str, Any] | None = None,
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Change the model, attack the result, judge it, write the report.
+
+    Nothing is written before the request, its rows and the model have been found usable; then the request is entered in
+    the ledger, and only then does work start.
+
+    Raises:
+        ExpungeError: input that cannot be used, an output folder that holds another run.
+    """
+    request = with_method(request, method, settings, scope)
+    check(request)
+    data = read_data(request)
+    subject = load_subject(request)
+    folder = Path(out or request.out or Path("runs") / request.name)
+    job = _Job(request, data, subject, folder, ledger or Ledger(), progress)
+    with _alone(folder):
+        return job.carry_out(change=True)
+
+
+def audit_model(
+    model: str | Path | LanguageModel,
+    *,
+    request: Request | str | Path,
+    gold: Sequence[str | Path] | None = None,
+    original: str | Path | None = None,
+    out: str | Path | None = None,
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Attack and judge a model that is said to have forgotten; see `expunge.audit`."""
+    if not isinstance(request, Request):
+        request = load(request)
+    changes: dict[str, Any] = {}
+    if gold is not None:
+        changes["gold"] = [str(path) for path in gold]
+    if original is not None:
+        changes["model"] = str(original)
+    request = request.model_copy(update=changes)
+    check(request)
+    data = read_data(request)
+    before = load_subject(request)
+    after = _suspect(model, request, before)
+    folder = Path(out or Path("runs") / f"{request.name}-audit")
+    job = _Job(request, data, before, folder, ledger or Ledger(), progress, after=after)
+    with _alone(folder):
+        return job.carry_out(change=False)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def with_method(
+    request: Request,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    scope: str | Mapping[str, Any] | None = None,
+) -> Request:
+    """The request with another method, parameters or scope; parameters of another method are not carried over."""
+    name = method or request.method_name
+    own = request.method_settings if name == request.method_name else {}
+    changes: dict[str, Any] = {"method": {"name": name, **own, **(settings or {})}}
+    if scope is not None:
+        changes["scope"] = dict(scope) if isinstance(scope, Mapping) else scope
+    return request.model_copy(update=changes)
+
+
+def load_subject(request: Request, path: str | None = None) -> LanguageModel:
+    """The request's model, or another one under the same template, device and type."""
+    from .subjects.language import LanguageModel, Template
+
+    template = Template(**request.template.model_dump()) if request.template else None
+    return LanguageModel.load(
+        path or request.model,
+        template=template,
+        device=request.device,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _suspect(model: str | Path | LanguageModel, request: Request, before: LanguageModel) -> Any:
+    """The model under suspicion: a loaded one, a model folder, or the folder of a run."""
+    if not isinstance(model, str | Path):
+        return model
+    folder = Path(model)
+    if (folder / "delta" / "delta.json").is_file():
+        from .deltas import Delta
+
+        return changed(Delta.load(folder / "delta"), before, read_data(request))
+    return load_subject(request, str(model))
+
+
+def changed(delta: Any, before: LanguageModel, data: dict[str, list[Row]]) -> Any:
+    """The subject a delta leads to: other weights, or a guard around the same ones."""
+    if delta.config is None:
+        return delta.apply(before)
+    from .methods.guard.output_filter import GuardCase
+
+    part = registry.get("methods", delta.config["name"])
+    return part.function(GuardCase(before, data), **delta.config["settings"])
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The run's folder, for one process at a time; the lock goes with its process."""
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - held open as long as the lock
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror or error}. Choose another place with --out."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is writing {folder}; wait for it or choose another --out") from None
+        yield
+
+
+class _Job:
+    """One request in one folder."""
+
+    def __init__(
+        self,
+        request: Request,
+        data: dict[str, list[Row]],
+        subject: LanguageModel,
+        folder: Path,
+        ledger: Ledger,
+        progress: Progress | None,
+        after: Any = None,
+    ) -> None:
+        self.request = request
+        self.data = data
+        self.subject = subject
+        self.folder = folder
+        self.ledger = ledger
+        self.progress = progress
+        self.after = after
+        self.golds = [load_subject(request, path) for path in request.gold]
+        settings = request.model_dump(exclude={"name", "reason", "model", "gold", "data", "out", "device"})
+        self.key = content_key(
+            VERSION,
+            settings,
+            subject.fingerprint,
+            [gold.fingerprint for gold in self.golds],
+            after.fingerprint if after is not None else None,
+            {name: [asdict(replace(row, source="")) for row in rows] for name, rows in data.items()},
+        )
+
+    def carry_out(self, *, change: bool) -> Evidence:
+        """All phases that are not done yet."""
+        state = self._state()
+        if state.get("status") == "finished" and (self.folder / "evidence.json").is_file():
+            return Evidence.load(self.folder / "evidence.json")
+        from .request import warnings
+        from .rows import fingerprint
+
+        salt = self.ledger.salt
+        prints = {name: fingerprint(rows, salt) for name, rows in self.data.items()}
+        about = {"run": self.key, "request": content_key(salt, self.request.model_dump()), "kind": _kind(change)}
+        if not state:
+            self.ledger.append(
+                "request_received",
+                **about,
+                rows={name: len(rows) for name, rows in self.data.items()},
+                fingerprints=prints,
+                model=self.subject.fingerprint,
+                gold=[gold.fingerprint for gold in self.golds],
+                method=self.request.method_name if change else None,
+                settings=self.request.method_settings if change else None,
+                scope=self.request.scope if change else None,
+                proof=self.request.proof,
+            )
+            self._write("request.json", self.request.model_dump())
+        self.ledger.append("resumed" if state else "started", **about, versions=_versions())
+        self._write("run.json", {"key": self.key, "status": "running", "method": self.request.method_name})
+        try:
+            method = self._change() if change else {"name": "audit of a given model", "settings": {}}
+            evidence = self._audit(method, prints, warnings(self.data))
+        except KeyboardInterrupt:
+            self.ledger.append("interrupted", **about)
+            raise
+        except Exception as error:
+            self.ledger.append("failed", **about, error=getattr(error, "code", type(error).__name__))
+            raise
+        from . import report
+
+        evidence.save(self.folder / "evidence.json")
+        report.write(evidence, self.folder)
+        self.ledger.append(
+            "finished",
+            **about,
+            result=self.after.fingerprint,
+            verdict=evidence.verdict.verdict,
+            flags=evidence.verdict.flags,
+            evidence=hashlib.sha256((self.folder / "evidence.json").read_bytes()).hexdigest(),
+        )
+        self._write("run.json", {"key": self.key, "status": "finished", "method": self.request.method_name})
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        return evidence
+
+    def _state(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        if not path.is_file():
+            strangers = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
+            if strangers:
+                raise OutputError(f"{self.folder} is not empty and holds no run ({strangers[0]}); choose another --out")
+            return {}
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            key = state["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise OutputError(f"{path} is damaged; choose another --out, or delete the folder to start again") from None
+        if key != self.key:
+            raise OutputError(
+                f"{self.folder} holds another run (method {state.get('method')}): request, model, rows or settings "
+                "differ. Choose another --out."
+            )
+        return dict(state)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        write_text(self.folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def _tell(self, phase: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(phase, done, total)
+
+    def _change(self) -> dict[str, Any]:
+        """Run the method, or read what it left before; afterwards `self.after` is the changed subject."""
+        from .deltas import Delta
+
+        done = self.folder / "method.json"
+        if done.is_file() and (self.folder / "delta" / "delta.json").is_file():
+            self.after = changed(Delta.load(self.folder / "delta"), self.subject, self.data)
+            return dict(json.loads(done.read_text(encoding="utf-8")))
+        part = registry.get("methods", self.request.method_name)
+        settings = part.resolve(self.request.method_settings)
+        method: dict[str, Any] = {"name": part.name, "card": card_dict(part.card), "settings": settings}
+        began = time.monotonic()
+        if part.card.kind == "optimise":
+            from .methods.optimise.unlearn import unlearn
+
+            outcome = unlearn(
+                self.subject,
+                part,
+                settings,
+                scope=self.request.scope,
+                data=self.data,
+                training=_training(self.request),
+                folder=self.folder,
+                progress=self._tell(f"change: {part.name}"),
+            )
+            delta, method = outcome.delta, {**method, **outcome.summary}
+        elif part.card.kind == "guard":
+            delta = Delta(self.subject.fingerprint, config={"name": part.name, "settings": settings})
+            method["scope"] = "none"
+        else:
+            raise RequestError(f"method {part.name} is of kind {part.card.kind}, which runs cannot carry out yet")
+        self.after = changed(delta, self.subject, self.data)
+        replace(delta, result=self.after.fingerprint).save(self.folder / "delta")
+        method["cost"] = {"seconds": round(time.monotonic() - began, 3), "tokens": method.get("tokens", 0)}
+        method["cost"]["peak_memory_bytes"] = _peak_memory()
+        self._write("method.json", method)
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+
+    def _audit(self, method: dict[str, Any], prints: dict[str, str], warnings: list[str]) -> Evidence:
+        from .audit import audit
+
+        request = self.request
+        own = [f"The method: {text}." for text in method.get("warnings", [])]
+        if method.get("stopped_by_guard"):
+            own.append(
+                f"The utility guard stopped the run after {method['steps']} of {method['steps_planned']} steps and "
+                f"stepped back to step {method['stepped_back_to']}."
+            )
+        return audit(
+            self.after,
+            before=self.subject,
+            golds=self.golds,
+            data=self.data,
+            folder=self.folder,
+            method=method,
+            request={
+                "name": request.name,
+                "reason": request.reason,
+                "proof": request.proof,
+                "access": request.access,
+                "fingerprints": prints,
+                "run": self.key,
+            },
+            attacks=named(request.audit.attacks),
+            metrics=named(request.audit.metrics),
+            gold_kind=request.gold_kind,
+            access=request.access,
+            proof=request.proof,
+            seed=request.audit.seed,
+            bootstrap=request.audit.bootstrap,
+            max_new_tokens=request.audit.max_new_tokens,
+            self_test=request.audit.self_test,
+            shared=self.folder.parent / ".expunge-tables",
+            environment=_environment(self.subject),
+            cost={"change": method["cost"]} if "cost" in method else {},
+            warnings=[*warnings, *own],
+            progress=self.progress,
+        )
+
+
+def _kind(change: bool) -> str:
+    return "change" if change else "audit"
+
+
+def _training(request: Request) -> Any:
+    from .methods.optimise.loop import Guard, Training
+
+    values = request.training.model_dump()
+    guard = values.pop("guard")
+    return Training(**values, guard=Guard(**guard) if guard else None)
+
+
+def _peak_memory() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("expunge", "torch", "transformers")}
+
+
+def _environment(subject: LanguageModel) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    import torch
+
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(subject.device),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
