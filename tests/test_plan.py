@@ -1,8 +1,11 @@
 """What a plan says is what a run needs: FLOPs by torch's counter, bytes by what autograd and the optimiser hold."""
 
+import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,15 +17,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from expunge import registry
+from expunge.attacks.case import Case, carry_out
+from expunge.audit import _limit, _view
 from expunge.costs import Pass, kept, structure
 from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.scope import resolve
 from expunge.methods.optimise.unlearn import unlearn
-from expunge.plan import estimate
+from expunge.plan import estimate, passes
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.packed import Encoded, pack
+from expunge.tables.passes import Store
 
 
 def counting() -> FlopCounterMode:
@@ -200,3 +206,38 @@ def test_the_loop_holds_what_the_plan_says() -> None:
         patch.setattr(loop.torch.optim, "AdamW", Spy)
         unlearn(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
     assert held == {name: planned["memory"][name] for name in held}
+
+
+def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny("llama")
+    subject, data = LanguageModel(model, tokenizer), people(4)
+    data["forget"] = [replace(row, paraphrased_prompts=(f"{row.prompt} please",)) for row in data["forget"]]
+    attacks = [("direct", {}), ("paraphrase", {}), ("decoding", {"samples": 4}), ("logit_lens", {}), ("quantise", {})]
+    without_weights = LanguageModel(copy.deepcopy(model).to("meta"), tokenizer)
+    planned = passes(without_weights, data, attacks, 1)
+    made = dict.fromkeys(("scored", "asked", "sampled", "hidden", "copies"), 0)
+
+    def watched(name: str, count: Callable[..., tuple[str, int]]) -> None:
+        original = getattr(LanguageModel, name)
+
+        def call(self: LanguageModel, asked: list, **settings: object) -> object:
+            kind, number = count(self, asked, **settings)
+            made[kind if self is subject else "copies"] += number
+            return original(self, asked, **settings)
+
+        monkeypatch.setattr(LanguageModel, name, call)
+
+    watched("score", lambda _, items, **__: ("scored", len(items)))
+    watched("hidden", lambda _, prompts: ("hidden", len(prompts)))
+    watched(
+        "generate",
+        lambda _, prompts, samples, temperature, **__: ("sampled" if temperature else "asked", len(prompts) * samples),
+    )
+    store, limit = Store(tmp_path), _limit(subject, data)
+    _view(subject, data, limit, store, "after", None)
+    carry_out(Case(subject, data, max_new_tokens=limit), attacks, store)
+    assert planned["answers scored per model"] == made["scored"]
+    assert planned["questions asked per model"] == made["asked"]
+    assert planned["answers sampled per model"] == made["sampled"]
+    assert planned["hidden states per model"] == made["hidden"]
+    assert planned["questions to changed copies per model"] == made["copies"]

@@ -9,25 +9,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from . import registry
+from .attacks.case import Case
+from .audit import _limit, battery
 from .cards import MethodCard
 from .costs import Pass, Structure, kept, structure
 from .errors import SubjectError
 from .methods.optimise import unlearn
-from .methods.optimise.loop import Drawn, Training, draw
+from .methods.optimise.loop import Drawn, Guard, Training, draw
 from .methods.optimise.scope import Resolved, resolve
 from .registry import Part
+from .request import Request, check, named, read_data
 from .rows import Row
 from .subjects.language import LanguageModel, Template
 from .subjects.packed import Encoded, batches, pack
-
-if TYPE_CHECKING:
-    from .request import Request
+from .tables.generations import Generations
+from .tables.passes import Ask, Generate, Hidden
+from .tables.view import candidates
 
 ATTAINED = 0.6
 """Share of the measured product rate that training reaches on large matrices."""
@@ -62,19 +66,30 @@ def plan(request: Request) -> Plan:
     Raises:
         ExpungeError: whatever would stop the run itself: a request, rows, a model or a scope that cannot be used.
     """
-    from .request import read_data
-
-    part = registry.get("methods", request.method.name)
-    subject = without_weights(request)
+    check(request)
+    part = registry.get("methods", request.method_name)
     data = read_data(request)
-    found = estimate(subject, part, request.method.settings, scope=request.scope, data=data, training=request.training)
+    subject = without_weights(request)
+    chosen = request.training.model_dump()
+    training = Training(**{**chosen, "guard": Guard(**chosen["guard"]) if chosen["guard"] else None})
+    found = estimate(subject, part, request.method_settings, scope=request.scope, data=data, training=training)
+    attacks = named(request.audit.attacks) or battery(request.proof)
     return Plan(
-        request=request.name, model=request.model, method=part.name, scope=str(request.scope), audit={}, **found
+        request=request.name,
+        model=request.model,
+        method=part.name,
+        scope=str(request.scope),
+        audit=passes(subject, data, attacks, models=2 + len(request.gold)),
+        **found,
     )
 
 
 def without_weights(request: Request) -> LanguageModel:
-    """The request's model on the meta device: its structure and its tokenizer."""
+    """The request's model on the meta device: its structure and its tokenizer.
+
+    Raises:
+        SubjectError: no such model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": request.trust_remote_code}
@@ -86,7 +101,8 @@ def without_weights(request: Request) -> LanguageModel:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except Exception as error:  # transformers raises a dozen kinds here
         raise SubjectError(f"model {request.model} cannot be read: {str(error).splitlines()[0]}") from error
-    return LanguageModel(model, tokenizer, request.model, Template(**request.template) if request.template else None)
+    template = Template(**request.template.model_dump()) if request.template else None
+    return LanguageModel(model, tokenizer, request.model, template)
 
 
 def estimate(
@@ -227,7 +243,7 @@ def _time(
 
 
 def product_rate(tokens: int, shape: Structure, dtype: torch.dtype) -> float:
-    """FLOP per second of (tokens, d) @ (d, n) with the model's largest matrix: a median over a fifth of a second."""
+    """FLOP per second of (tokens, d) @ (d, n) with the model's largest matrix: the better quartile of 0.2 s."""
     hidden = shape.head // shape.vocabulary
     inner = max(m.size for m in shape.matrices) // hidden
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -240,7 +256,70 @@ def product_rate(tokens: int, shape: Structure, dtype: torch.dtype) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return 2 * tokens * hidden * inner / sorted(seconds)[len(seconds) // 2]
+    return 2 * tokens * hidden * inner / sorted(seconds)[len(seconds) // 4]
+
+
+# --- the audit -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Watched(Case):
+    """A case whose asks are written down and answered with nothing."""
+
+    asked: list[Ask] = field(default_factory=list)
+    copies: list[Ask] = field(default_factory=list)
+    """What changed copies of the subject were asked."""
+
+    def ask(self, subject: Any, *asks: Ask) -> list[Any]:
+        return [self.note(ask, self.copies) for ask in asks]
+
+    def note(self, ask: Ask, where: list[Ask] | None = None) -> Any:
+        (self.asked if where is None else where).append(ask)
+        if not isinstance(ask, Generate):
+            return None
+        keys = [key for key, _, _ in ask.prompts]
+        return Generations(keys, [""] * len(keys), [[""] * ask.samples for _ in keys], [[True] for _ in keys])
+
+
+def passes(
+    subject: LanguageModel, data: dict[str, list[Row]], attacks: Sequence[tuple[str, dict[str, Any]]], models: int
+) -> dict[str, int]:
+    """What the audit asks of every model.
+
+    An attack is a generator: it is started, and what it asks is counted instead of answered. The subject is without
+    weights, so an attack that trains stops there; its steps are counted, its later questions are not.
+    """
+    limit = _limit(subject, data)
+    case = _Watched(subject, data, max_new_tokens=limit)
+    for rows in data.values():
+        case.note(case.questions(rows))
+    steps = 0
+    for name, settings in attacks:
+        part = registry.get("attacks", name)
+        chosen = part.resolve(settings)
+        steps += int(chosen.get("steps", 0))
+        with suppress(Exception):  # whatever cannot go on without weights
+            attack = part.function(case, **chosen)
+            answer = case.note(next(attack))
+            while True:
+                answer = case.note(attack.send(answer))
+    greedy = {
+        (row.id, question)
+        for ask in case.asked
+        if isinstance(ask, Generate) and ask.temperature == 0
+        for _, row, question in ask.prompts
+    }
+    sampled = [ask for ask in case.asked if isinstance(ask, Generate) and ask.temperature > 0]
+    return {
+        "models": models,
+        "answers scored per model": sum(len(candidates(row)) for rows in data.values() for row in rows),
+        "questions asked per model": len(greedy),
+        "answers sampled per model": sum(len(ask.prompts) * ask.samples for ask in sampled),
+        "hidden states per model": sum(len(ask.prompts) for ask in case.asked if isinstance(ask, Hidden)),
+        "questions to changed copies per model": sum(len(a.prompts) for a in case.copies if isinstance(a, Generate)),
+        "relearning steps per model": steps,
+        "tokens in an answer at most": limit,
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -107,9 +107,10 @@ def plan(
     settings, fields = _split(set_)
     load_plugins(plugin)
     read = _load(request, fields)
-    from .. import plan as planning
+    from ..plan import plan as make
+    from ..run import with_method
 
-    made = planning.plan(read, method=method, settings=settings, scope=scope)
+    made = make(with_method(read, method, settings, scope))
     if json:
         say_json(asdict(made))
         return
