@@ -270,12 +270,7 @@ def _absolute(request: Request, folder: Path) -> Request:
 
 
 def _hub_like(text: str) -> bool:
-    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", text)) and Path(text).suffix not in (
-        ".jsonl",
-        ".json",
-        ".csv",
-        ".parquet",
-    )
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", text)) and Path(text).suffix not in SUFFIXES
 
 
 def check(request: Request) -> None:

@@ -26,6 +26,10 @@ from .packed import Encoded, Pack, batches, pack, packed_attention
 
 Progress = Callable[[int, int], None]
 
+# Probabilities and Adam moments below 1e-38 are computed a hundred times slower by CPUs than zeros, and damaged models
+# are full of them. The flag must be set before the first parallel operation, so that all worker threads inherit it.
+torch.set_flush_denormal(True)
+
 TOKEN_BUDGET = 4096
 """Tokens fed in one pass without gradients."""
 LOGIT_ELEMENTS = 1 << 22
