@@ -116,11 +116,7 @@ def _probe(index: int, runs: Runs, rules: Rules) -> _Probe:
         after=after.score,
         gold=[gold.score for gold in golds],
         informative=False,
-        curves={
-            name: run.curve
-            for name, run in [("before", before), ("after", after), *((f"gold/{i}", g) for i, g in enumerate(golds))]
-            if run is not None and run.curve
-        },
+        curves=_curves(before, after, golds),
         curve_label=after.curve_label,
     )
     judged.why = _unscored([after, *others])
@@ -141,6 +137,18 @@ def _probe(index: int, runs: Runs, rules: Rules) -> _Probe:
     draws = (resampled[id(after)] - floor) / np.maximum(top - floor, span / 2)
     judged.informative, judged.recovery = True, _interval(draws)
     return _Probe(judged, draws)
+
+
+def _curves(
+    before: ProbeRun | None, after: ProbeRun, golds: Sequence[ProbeRun]
+) -> dict[str, list[tuple[float, float]]]:
+    """before, after, and the mean of gold."""
+    found = {role: run.curve for role, run in (("before", before), ("after", after)) if run and run.curve}
+    several = [dict(run.curve) for run in golds if run.curve]
+    if several:
+        budgets = [budget for budget, _ in golds[0].curve if all(budget in curve for curve in several)]
+        found["gold"] = [(b, float(np.mean([curve[b] for curve in several]))) for b in budgets]
+    return found
 
 
 def _unscored(runs: Sequence[ProbeRun]) -> str:
