@@ -224,3 +224,102 @@ def test_progress_tells_the_time_left(capsys, monkeypatch) -> None:
     progress("train", 1, 40)
     progress("train", 10, 40)
     assert capsys.readouterr().err.splitlines()[-1] == "train: 10 of 40, 1 min 0 s left"
+
+
+# --- ledger, deltas, comparison, plan on small things --------------------------------------------------------------
+
+
+def test_ledger_commands(tmp_path: Path, capsys) -> None:
+    from expunge.ledger import Ledger
+
+    file = tmp_path / "ledger.sqlite"
+    assert cli.main(["ledger", "list", "--ledger", str(file)]) == cli.MISTAKE
+    assert "error E510: there is no ledger" in capsys.readouterr().err
+    Ledger(file).append("request_received", method="npo", kind="change")
+    Ledger(file).append("finished", verdict="suppressed")
+    assert cli.main(["ledger", "list", "--ledger", str(file)]) == cli.DONE
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["1", "2"]
+    assert lines[1].endswith("suppressed")
+    assert cli.main(["ledger", "list", "--ledger", str(file), "--json"]) == cli.DONE
+    assert [entry["event"] for entry in json.loads(capsys.readouterr().out)] == ["request_received", "finished"]
+    assert cli.main(["ledger", "show", "1", "--ledger", str(file)]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["body"]["method"] == "npo"
+    assert cli.main(["ledger", "verify", "--ledger", str(file)]) == cli.DONE
+    assert capsys.readouterr().out.startswith("2 entries, whole; head ")
+    assert cli.main(["ledger", "export", "--ledger", str(file), "--out", str(tmp_path / "export.jsonl")]) == cli.DONE
+    assert len((tmp_path / "export.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_broken_ledger_is_status_2(tmp_path: Path, capsys) -> None:
+    import sqlite3
+
+    from expunge.ledger import Ledger
+
+    file = tmp_path / "ledger.sqlite"
+    for _ in range(2):
+        Ledger(file).append("started")
+    with sqlite3.connect(file) as connection:
+        connection.execute("DROP TRIGGER no_update")
+        connection.execute("UPDATE entry SET time = '1999' WHERE number = 1")
+    assert cli.main(["ledger", "verify", "--ledger", str(file)]) == cli.MISTAKE
+    assert "error E510: entry 1 was changed" in capsys.readouterr().err
+
+
+def test_delta_commands(tmp_path: Path, capsys) -> None:
+    import torch
+    from tiny import tiny
+
+    from expunge.deltas import Delta
+    from expunge.subjects.language import LanguageModel
+
+    model, tokenizer = tiny("llama")
+    base = LanguageModel(model, tokenizer)
+    base.save(tmp_path / "base")
+    base = LanguageModel.load(tmp_path / "base")
+    changed, again = base.copy(), base.copy()
+    with torch.no_grad():
+        changed.model.lm_head.weight += 1
+        again.model.lm_head.weight += 3
+    Delta.from_models(base, changed).save(tmp_path / "delta")
+    Delta.from_models(changed, again).save(tmp_path / "second")
+
+    assert cli.main(["delta", "show", str(tmp_path / "delta"), "--json"]) == cli.DONE
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["kind"], shown["base"], list(shown["tensors"])) == ("dense", base.fingerprint, ["lm_head.weight"])
+    assert cli.main(["delta", "show", str(tmp_path / "delta")]) == cli.DONE
+    assert "lm_head.weight" in capsys.readouterr().out
+
+    command = ["delta", "apply", str(tmp_path / "delta"), "--base", str(tmp_path / "base"), "--out"]
+    assert cli.main([*command, str(tmp_path / "made")]) == cli.DONE
+    made = LanguageModel.load(tmp_path / "made")
+    assert torch.equal(made.model.lm_head.weight, changed.model.lm_head.weight)
+    assert cli.main([*command, str(tmp_path / "half"), "--scale", "0.5"]) == cli.DONE
+    half = LanguageModel.load(tmp_path / "half").model.lm_head.weight
+    assert torch.allclose(half, base.model.lm_head.weight + 0.5)
+
+    assert cli.main(["delta", "negate", str(tmp_path / "delta"), "--out", str(tmp_path / "back")]) == cli.DONE
+    assert torch.allclose(Delta.load(tmp_path / "back").difference("lm_head.weight"), torch.tensor(-1.0))
+
+    pair = [str(tmp_path / "delta"), str(tmp_path / "second")]
+    assert cli.main(["delta", "stack", *pair, "--out", str(tmp_path / "both")]) == cli.DONE
+    assert torch.allclose(Delta.load(tmp_path / "both").difference("lm_head.weight"), torch.tensor(3.0))
+    capsys.readouterr()
+    assert cli.main(["delta", "apply", *pair[1:], "--base", str(tmp_path / "base"), "--out", str(tmp_path / "no")]) == 2
+    assert "error E210: the delta was made on a base with fingerprint" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_compare_prints_a_table_or_json(tmp_path: Path, capsys) -> None:
+    from evidence_factory import evidence
+
+    for name in ("one", "two"):
+        evidence().save(tmp_path / name / "evidence.json")
+    runs = [str(tmp_path / name) for name in ("one", "two")]
+    assert cli.main(["compare", *runs, "--out", str(tmp_path / "out")]) == cli.DONE
+    shown = capsys.readouterr().out
+    assert "one" in shown
+    assert "two" in shown
+    assert (tmp_path / "out" / "compare.html").is_file()
+    assert cli.main(["compare", *runs, "--out", str(tmp_path / "out"), "--json"]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)

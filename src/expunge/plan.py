@@ -72,7 +72,10 @@ def plan(request: Request) -> Plan:
     subject = without_weights(request)
     chosen = request.training.model_dump()
     training = Training(**{**chosen, "guard": Guard(**chosen["guard"]) if chosen["guard"] else None})
-    found = estimate(subject, part, request.method_settings, scope=request.scope, data=data, training=training)
+    if part.card.kind == "optimise":
+        found = estimate(subject, part, request.method_settings, scope=request.scope, data=data, training=training)
+    else:
+        found = nothing(subject, f"{part.name} is of kind {part.card.kind}: only the audit costs")
     attacks = named(request.audit.attacks) or battery(request.proof)
     return Plan(
         request=request.name,
@@ -162,6 +165,20 @@ def estimate(
         "remarks": []
         if per_token is not None
         else ["activations are not counted: the model cannot run without weights"],
+    }
+
+
+def nothing(subject: LanguageModel, why: str) -> dict[str, Any]:
+    """The same entries for a method that does not train."""
+    shape = structure(subject.model, resolve("none", subject.model))
+    weights = float(shape.total * shape.item)
+    return {
+        "parameters": {"total": shape.total, "trainable": 0, "share": 0.0, "tensors": 0},
+        "tokens": dict.fromkeys(("steps", "steps per epoch", "fed per epoch", "fed", "answer tokens"), 0),
+        "flops": {"total": 0.0},
+        "memory": {"weights": weights, "total": weights},
+        "time": {"FLOP per second": 0.0, "seconds": 0.0},
+        "remarks": [why],
     }
 
 

@@ -52,6 +52,13 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
             say(" " * left + line)
 
 
+def say_rich(table: Any) -> None:
+    """A table made with rich; wide enough for one line per row where nobody looks at a terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
 def size(count: float, unit: str = "B") -> str:
     """A quantity with a decimal prefix: 3.2 GB, 41 TFLOP."""
     for prefix in ("", "k", "M", "G", "T", "P"):

@@ -40,17 +40,28 @@ def show(delta: Folder, json: Json = False) -> None:
 @app.command()
 def apply(
     deltas: Annotated[list[Path], typer.Argument(help="One delta folder or several, applied in this order.")],
-    base: Annotated[str, typer.Option(help="The model the delta belongs to: folder or hub id.")],
+    base: Annotated[str, typer.Option(help="The model the delta belongs to: folder, hub id, or the request file.")],
     out: Annotated[Path, typer.Option(help="Folder for the changed model.")],
     scale: Annotated[float, typer.Option(help="Share of the change; -1 moves the other way.")] = 1.0,
 ) -> None:
-    """Write base + delta as an ordinary model folder. The base itself is what undoes it."""
+    """Write base + delta as an ordinary model folder.
+
+    The base itself is what undoes it. Name the request file as the base where it has a template of its own.
+    """
     from ..deltas import Delta, compose
-    from ..subjects.language import LanguageModel
 
     found = [Delta.load(folder) for folder in deltas]
     delta = found[0] if len(found) == 1 else compose(found)
-    delta.apply(LanguageModel.load(base), scale=scale).save(out)
+    if Path(base).suffix in (".yaml", ".yml", ".json"):
+        from ..request import load
+        from ..run import load_subject
+
+        subject = load_subject(load(base))
+    else:
+        from ..subjects.language import LanguageModel
+
+        subject = LanguageModel.load(base)
+    delta.apply(subject, scale=scale).save(out)
     say(str(out))
 
 

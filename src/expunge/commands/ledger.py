@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,10 @@ from .catalogue import Json
 from .console import say, say_json, say_table
 
 app = typer.Typer()
-Place = Annotated[Path | None, typer.Option("--ledger", help="Ledger file; by default the user's.", show_default=False)]
+Place = Annotated[
+    Path | None,
+    typer.Option("--ledger", help="Ledger file; by default EXPUNGE_LEDGER or the user's.", show_default=False),
+]
 
 
 @app.callback()
@@ -26,11 +30,12 @@ def list_entries(ledger: Place = None, json: Json = False) -> None:
 
     entries = Ledger(ledger).list()
     if json:
-        say_json(entries)
+        say_json([asdict(entry) for entry in entries])
         return
-    say_table(
-        ["entry", "time", "event", "request"], [[e["number"], e["time"], e["event"], e["request"]] for e in entries]
-    )
+    rows = [
+        [e.number, e.time, e.event, *(e.body.get(key, "") for key in ("kind", "method", "verdict"))] for e in entries
+    ]
+    say_table(["number", "time", "event", "kind", "method", "verdict"], rows)
 
 
 @app.command()
@@ -38,16 +43,22 @@ def show(number: Annotated[int, typer.Argument(help="Number of the entry.")], le
     """One entry in full, as JSON."""
     from ..ledger import Ledger
 
-    say_json(Ledger(ledger).show(number))
+    say_json(asdict(Ledger(ledger).show(number)))
 
 
 @app.command()
 def verify(ledger: Place = None) -> None:
-    """Recompute the hash chain; exit status 2 and the number of the first broken entry where it does not hold."""
+    """Recompute the hash chain.
+
+    Exit status 2 and the first broken entry where it does not hold.
+    """
+    from ..errors import LedgerError
     from ..ledger import Ledger
 
-    count = Ledger(ledger).verify()
-    say(f"{count} entries, the chain holds")
+    whole, sentence = Ledger(ledger).verify()
+    if not whole:
+        raise LedgerError(sentence)
+    say(sentence)
 
 
 @app.command()

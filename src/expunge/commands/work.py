@@ -10,7 +10,7 @@ import typer
 
 from ..errors import ParameterError
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, duration, progressing, remark, say, say_json, say_table, size
+from .console import assignments, duration, progressing, remark, say, say_json, say_rich, say_table, size
 
 if TYPE_CHECKING:
     from ..evidence import Evidence
@@ -54,7 +54,7 @@ def demo(
     from ..run import run as carry_out
 
     with progressing(json) as progress:
-        world.build(out / "world", progress=progress and progress.phase("build the world"))
+        world.build(out / "world", progress=progress.phase("build the world") if progress else None)
         request = load(out / "world" / "request.yaml")
         evidence = carry_out(request, out=out / "report", method=method, progress=progress)
     _tell(evidence, out / "report", json)
@@ -156,7 +156,10 @@ def audit(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of two or more runs.")],
-    out: Out = None,
+    out: Annotated[Path, typer.Option(help="Folder for the comparison.")] = Path("runs/comparison"),
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Compare runs of different requests, models or attacks.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Set runs side by side: a table and the frontier plot."""
@@ -167,17 +170,13 @@ def compare(
     found = [Evidence.load(folder / "evidence.json") for folder in runs]
     from ..report import compare as comparison
 
-    folder = out or Path("runs/comparison")
-    paths = comparison.write(found, folder)
-    rows = [
-        [str(run), e.method.get("name", ""), e.verdict.verdict, ", ".join(e.verdict.flags)]
-        for run, e in zip(runs, found)
-    ]
+    names = [folder.name for folder in runs] if len({folder.name for folder in runs}) == len(runs) else None
+    paths = comparison.write(found, out, names, allow_mismatch=allow_mismatch)
     if json:
-        say_json({"runs": [dict(zip(("folder", "method", "verdict", "flags"), row)) for row in rows], "files": paths})
-        return
-    say_table(["run", "method", "verdict", "flags"], rows)
-    remark(f"comparison in {folder}")
+        say(paths["compare.json"].read_text(encoding="utf-8").rstrip("\n"))
+    else:
+        say_rich(comparison.table(found, names))
+        say(f"comparison: {paths['compare.html']}")
 
 
 def _spoken(plan: Plan) -> list[tuple[str, list[list[str]]]]:
@@ -190,10 +189,14 @@ def _spoken(plan: Plan) -> list[tuple[str, list[list[str]]]]:
         ["optimiser steps", f"{t['steps']:,} ({t['steps per epoch']:,} per epoch)"],
         ["tokens", f"{t['fed']:,} ({t['fed per epoch']:,} per epoch), {t['answer tokens']:,} of answers"],
     ]
+
+    def amounts(of: dict[str, float], unit: str) -> list[list[str]]:
+        return [[name, size(value, unit)] for name, value in of.items() if value or name == "total"]
+
     return [
         (f"{plan.request}: {plan.method}", what),
-        ("compute", [[name, size(value, "FLOP")] for name, value in plan.flops.items()]),
-        ("peak memory", [[name, size(value)] for name, value in plan.memory.items()]),
+        ("compute", amounts(plan.flops, "FLOP")),
+        ("peak memory", amounts(plan.memory, "B")),
         (
             "time on this machine",
             [

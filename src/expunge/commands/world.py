@@ -29,7 +29,9 @@ def build(
     from .. import world
 
     with progressing(json) as progress:
-        world.build(out, seed=seed, gold_seeds=gold_seeds, progress=progress and progress.phase("build the world"))
+        world.build(
+            out, seed=seed, gold_seeds=gold_seeds, progress=progress.phase("build the world") if progress else None
+        )
     if json:
         say_json({"folder": out, "request": out / "request.yaml"})
     else:
