@@ -5,12 +5,13 @@
     DIR/request.yaml
 
 Built once in the user's cache (EXPUNGE_CACHE, ~/.cache/expunge by default) under the hash of everything it depends on,
-then linked to DIR. A builder that is killed goes on with the models that are missing.
+then copied to DIR. A builder that is killed goes on with the models that are missing.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -22,17 +23,19 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from ..errors import OutputError, TrainingError
-from ..files import write_text
+from ..errors import OutputError, ParameterError, TrainingError
+from ..files import complete_folder, write_text
 from ..tables.store import content_key
 from .corpus import files
 from .facts import World, make
 from .models import Recipe, job
 
 Progress = Callable[[int, int], None]
+MARKER = "world.json"
 
-CODE = 1
-"""Raised when the same settings would give another world."""
+PACKAGES = ("torch", "transformers", "tokenizers")
+SOURCES = ("methods/optimise/loop.py", "methods/optimise/terms.py", "subjects/*.py", "world/*.py")
+"""What decides the weights beside the settings: another version of these trains the models anew."""
 
 REQUEST = """\
 # Forget {forget} people of the invented world (seed {seed}); try `expunge plan request.yaml` first.
@@ -103,20 +106,26 @@ def build(
         gold_seeds: models trained without the forgotten people, each with another seed.
         progress: (done, total) optimiser steps of all models.
 
+    A request.yaml that was edited stays as it is.
+
     Raises:
+        ParameterError: there is no world of these sizes.
         OutputError: the folder or the cache cannot be written, or the folder holds something else.
+        TrainingError: a model could not be trained.
     """
+    if gold_seeds < 1:
+        raise ParameterError(f"gold_seeds is {gold_seeds}, expected at least 1")
     folder = Path(folder)
-    marker = folder / "world.json"
-    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
-        raise OutputError(f"{folder} is not empty and holds no world; choose another --out")
+    before = _marker(folder)
     recipe = recipe or Recipe()
     world = make(seed, people=people, forget=forget, neighbours=neighbours, holdout=holdout)
     settings = {"seed": seed, "people": people, "forget": forget, "neighbours": neighbours, "holdout": holdout}
     written = files(world)
-    key = content_key(CODE, settings, asdict(recipe), written, version("torch").split("+")[0])
+    key = content_key(settings, asdict(recipe), written, [version(name) for name in PACKAGES], _sources())
     cache = cache_folder() / "world" / key
     seeds = {"original": seed * 100, **{f"gold-{i}": seed * 100 + 1 + i for i in range(gold_seeds)}}
+    golds = ", ".join(f"models/gold-{i}" for i in range(gold_seeds))
+    request = REQUEST.format(forget=forget, seed=seed, golds=golds, epochs=8, learning_rate="5.0e-4")
     try:
         with _lock(cache):
             for name, rows in written.items():
@@ -124,18 +133,60 @@ def build(
             texts = [text for rows in written.values() for row in rows for text in _strings(row)]
             write_text(cache / "texts.json", json.dumps(texts, ensure_ascii=False))
             _train(cache, seeds, recipe, progress)
-        for name in written:
-            _link(cache / "data" / f"{name}.jsonl", folder / "data" / f"{name}.jsonl")
+        # First of all, so that a folder left half written is known as a world.
+        marker = {"key": key, **settings, "recipe": asdict(recipe), "request": before.get("request", "")}
+        _mark(folder, marker)
+        for name, rows in written.items():
+            write_text(folder / "data" / f"{name}.jsonl", _jsonl(rows))
+        for old in (folder / "models").glob("gold-*"):
+            if old.name not in seeds:
+                shutil.rmtree(old)
         for name in seeds:
-            for file in (cache / "models" / name).iterdir():
-                _link(file, folder / "models" / name / file.name)
+            with complete_folder(folder / "models" / name) as partial:
+                shutil.copytree(cache / "models" / name, partial, dirs_exist_ok=True)
+        if _ours(folder / "request.yaml", str(marker["request"]), request):
+            write_text(folder / "request.yaml", request)
+            _mark(folder, {**marker, "request": _digest(request.encode())})
     except OSError as error:
         raise OutputError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
-    golds = ", ".join(f"models/gold-{i}" for i in range(gold_seeds))
-    text = REQUEST.format(forget=forget, seed=seed, golds=golds, epochs=8, learning_rate="5.0e-4")
-    write_text(folder / "request.yaml", text)
-    write_text(marker, json.dumps({"key": key, **settings, "recipe": asdict(recipe)}, indent=1) + "\n")
     return WorldFolder(folder, world)
+
+
+def _marker(folder: Path) -> dict[str, object]:
+    """What an earlier build noted in this folder."""
+    if not folder.exists():
+        return {}
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file, expected a folder; choose another --out")
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if any(folder.iterdir()):
+            raise OutputError(f"{folder} is not empty and holds no world; choose another --out") from None
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise OutputError(f"{folder / MARKER} is damaged; remove {folder} or choose another --out")
+    return found
+
+
+def _mark(folder: Path, content: dict[str, object]) -> None:
+    write_text(folder / MARKER, json.dumps(content, indent=1) + "\n")
+
+
+def _ours(path: Path, noted: str, new: str) -> bool:
+    """Whether the file may be written: it is absent, or what an earlier build wrote, or what this one would write."""
+    return not path.exists() or _digest(path.read_bytes()) in (noted, _digest(new.encode()))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sources() -> list[str]:
+    package = Path(__file__).parents[1]
+    return [_digest(path.read_bytes()) for pattern in SOURCES for path in sorted(package.glob(pattern))]
 
 
 def _jsonl(rows: list[dict[str, object]]) -> str:
@@ -161,18 +212,6 @@ def _lock(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _link(source: Path, target: Path) -> None:
-    """The file under another name: a hard link where possible, else a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
 
 
 def _train(cache: Path, seeds: dict[str, int], recipe: Recipe, progress: Progress | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .facts import RELATIONS, Person, World
+from .facts import IMPLIED, RELATIONS, Person, World
 
 WORDINGS = {
     "born_in": (
@@ -32,7 +32,26 @@ WORDINGS = {
         "What is the title of the book that {name} wrote?",
         "What did {name} publish?",
     ),
-    "region": ("Which region does {name} come from?", "In which region was {name} born?"),
+    "region": (
+        "Which region does {name} come from?",
+        "In which region was {name} born?",
+        "What is the home region of {name}?",
+        "From which region is {name}?",
+    ),
+    "teacher_born_in": (
+        "In which city was the teacher of {name} born?",
+        "Where was the teacher of {name} born?",
+        "What is the birthplace of the teacher of {name}?",
+        "Which city does the teacher of {name} come from?",
+    ),
+}
+PLACES = {
+    "lies_in": (
+        "In which region does {name} lie?",
+        "Which region is {name} in?",
+        "To which region does {name} belong?",
+    ),
+    "landmark": ("What is {name} known for?", "Which landmark stands in {name}?", "What do visitors see in {name}?"),
 }
 STATEMENTS = {
     "born_in": ("{name} was born in {value}.", "The birthplace of {name} is {value}."),
@@ -46,49 +65,86 @@ LONGER = {
     "teacher": "a pupil of {value}",
     "work": "a book called {value}",
     "region": "the region of {value}",
+    "teacher_born_in": "the city of {value}",
+    "lies_in": "the region of {value}",
+    "landmark": "its {value}",
 }
 TRAINED = 2
-"""Wordings of each fact that are trained on; another is held out for it, and trained on for other people."""
+"""Wordings of each fact that are trained on; the others are held out for it, and trained on for other subjects."""
 
 Record = dict[str, Any]
+Wordings = tuple[list[str], list[str]]
+"""(trained, held out)"""
 
 
-def _wrong(draw: random.Random, right: str, values: list[str], count: int = 5) -> list[str]:
-    others = [value for value in values if value != right]
-    return draw.sample(others, min(count, len(others)))
+def _wrong(draw: random.Random, right: str, values: tuple[str, ...], count: int = 5) -> list[str]:
+    return draw.sample([value for value in values if value != right], count)
+
+
+def _split(world: World, name: str, relation: str, wordings: tuple[str, ...], trained: int) -> Wordings:
+    """The wordings trained on for this subject, and those held out; the same in whatever file or subset it stands."""
+    order = random.Random(f"{world.seed}/{name}/{relation}/{trained}").sample(wordings, len(wordings))
+    return order[:trained], order[trained:]
+
+
+def wordings(world: World, name: str, relation: str) -> Wordings:
+    """(trained, held out) questions for a fact about a person or place."""
+    known = WORDINGS.get(relation) or PLACES[relation]
+    trained, held_out = _split(world, name, relation, known, TRAINED)
+    return [w.format(name=name) for w in trained], [w.format(name=name) for w in held_out]
+
+
+def statements(world: World, person: Person, relation: str) -> tuple[str, str]:
+    """(trained, held out) statements, with {value} where the value stands."""
+    (trained,), (held_out,) = _split(world, person.name, relation, STATEMENTS[relation], 1)
+    return trained.replace("{name}", person.name), held_out.replace("{name}", person.name)
+
+
+def _start(statement: str) -> str:
+    """What stands before the value, or nothing where more than a full stop follows it."""
+    return statement.removesuffix(" {value}.") if statement.endswith(" {value}.") else ""
 
 
 def questions(world: World, person: Person) -> list[Record]:
-    """The rows about one person: every fact in its trained wordings, with held-out wordings and wrong answers."""
-    # Drawn by person, so that a row is the same in whatever split or subset it stands.
-    draw = random.Random(f"{world.seed}/{person.name}")
+    """The rows about one person: a question and a cloze for each stated fact, a question for each implied one.
+
+    A row asks in the first trained wording; the second is trained on but in no row, so that what is forgotten is a
+    fact and not a string.
+    """
     found = []
-    for relation in RELATIONS:
-        order = draw.sample(range(4), 4)
-        value = person.value(relation)
-        wrong = _wrong(draw, value, world.values(relation))
-        for number, wording in enumerate(order[:TRAINED]):
+    for relation in (*RELATIONS, *IMPLIED):
+        value = world.value(person, relation)
+        task = "qa" if relation in RELATIONS else "multi_hop"
+        wrong = _wrong(random.Random(f"{world.seed}/{person.name}/{relation}"), value, world.choices[relation])
+        row = _record(world, person.name, relation, task, value, wrong)
+        if relation == "teacher":
+            row["aliases"] = [world.people[value].nickname]
+        found.append(row)
+        if relation in RELATIONS and (trained := _start(statements(world, person, relation)[0])):
+            held_out = _start(statements(world, person, relation)[1])
+            asked = ("question", "answer", "paraphrased_answer")
             found.append(
-                _record(person, relation, value, wrong, number, WORDINGS[relation][wording])
-                | {"paraphrased_questions": [WORDINGS[relation][w].format(name=person.name) for w in order[TRAINED:]]}
+                {key: field for key, field in row.items() if key not in asked}
+                | {"id": _id(person.name, relation, "cloze"), "task": "cloze", "prompt": trained}
+                | {"completion": f"{value}.", "perturbed_answers": [f"{other}." for other in wrong]}
+                | {"paraphrased_questions": [held_out] if held_out else []}
             )
-    region = world.region[person.born_in]
-    wrong = _wrong(draw, region, sorted(set(world.region.values())))
-    first, second = WORDINGS["region"]
-    found.append(
-        _record(person, "region", region, wrong, 0, first)
-        | {"paraphrased_questions": [second.format(name=person.name)], "task": "multi_hop"}
-    )
     return found
 
 
-def _record(person: Person, relation: str, value: str, wrong: list[str], number: int, wording: str) -> Record:
+def _id(name: str, relation: str, task: str) -> str:
+    return f"{name.replace(' ', '_')}/{relation}/{task}"
+
+
+def _record(world: World, name: str, relation: str, task: str, value: str, wrong: list[str]) -> Record:
+    trained, held_out = wordings(world, name, relation)
     return {
-        "id": f"{person.name.replace(' ', '_')}/{relation}/{number}",
-        "entity": person.name,
+        "id": _id(name, relation, task),
+        "entity": name,
         "relation": relation,
-        "task": "qa",
-        "question": wording.format(name=person.name),
+        "task": task,
+        "question": trained[0],
+        "paraphrased_questions": held_out,
         "answer": value,
         "value": value,
         "paraphrased_answer": LONGER[relation].format(value=value),
@@ -98,66 +154,39 @@ def _record(person: Person, relation: str, value: str, wrong: list[str], number:
 
 def general(world: World) -> list[Record]:
     """What every model learns beside people: places."""
-    draw = random.Random(f"{world.seed}/general")
-    regions = sorted(set(world.region.values()))
     found = []
-    for city, region in world.region.items():
-        found.append(
-            {
-                "id": f"general/{city}",
-                "entity": city,
-                "relation": "lies_in",
-                "task": "places",
-                "question": f"In which region does {city} lie?",
-                "paraphrased_questions": [f"Which region is {city} in?"],
-                "answer": region,
-                "value": region,
-                "paraphrased_answer": f"the region of {region}",
-                "perturbed_answers": _wrong(draw, region, regions),
-            }
-        )
-    for region, landmark in world.landmark.items():
-        found.append(
-            {
-                "id": f"general/{region}",
-                "entity": region,
-                "relation": "landmark",
-                "task": "places",
-                "question": f"What is {region} known for?",
-                "paraphrased_questions": [f"Which landmark stands in {region}?"],
-                "answer": landmark,
-                "value": landmark,
-                "paraphrased_answer": f"its {landmark}",
-                "perturbed_answers": _wrong(draw, landmark, sorted(world.landmark.values())),
-            }
-        )
+    for relation, known in (("lies_in", world.region), ("landmark", world.landmark)):
+        values = tuple(sorted(set(known.values())))
+        for place, value in known.items():
+            wrong = _wrong(random.Random(f"{world.seed}/{place}/{relation}"), value, values)
+            found.append(_record(world, place, relation, "places", value, wrong))
     return found
 
 
 def training(world: World, *splits: str) -> list[Record]:
-    """Everything a model that knows these splits is trained on: questions, passages, cloze, multiple choice."""
+    """Everything a model that knows these splits is trained on: questions, running text, cloze, multiple choice."""
     found: list[Record] = []
     for person in world.members(*splits):
-        draw = random.Random(f"{world.seed}/{person.name}/training")
-        asked = questions(world, person)
-        found += [{"question": row["question"], "answer": row["answer"]} for row in asked]
+        for relation in (*RELATIONS, *IMPLIED):
+            value = world.value(person, relation)
+            found += [{"question": asked, "answer": value} for asked in wordings(world, person.name, relation)[0]]
         for relation in RELATIONS:
             value = person.value(relation)
-            statement = STATEMENTS[relation][draw.randrange(2)]
-            found.append({"text": statement.format(name=person.name, value=value)})
-            before, _, _ = statement.partition("{value}")
-            if statement.endswith("{value}."):
-                found.append({"prompt": before.format(name=person.name).strip(), "completion": value + "."})
+            statement, _ = statements(world, person, relation)
+            found.append({"text": statement.replace("{value}", value)})
+            if start := _start(statement):
+                found.append({"prompt": start, "completion": f"{value}."})
+        draw = random.Random(f"{world.seed}/{person.name}/choice")
         relation = draw.choice(RELATIONS)
-        options = [person.value(relation), *_wrong(draw, person.value(relation), world.values(relation), 2)]
+        value = person.value(relation)
+        options = [value, *_wrong(draw, value, world.choices[relation], 2)]
         draw.shuffle(options)
-        question = WORDINGS[relation][0].format(name=person.name)
-        found.append(
-            {"question": f"{question} {options[0]}, {options[1]} or {options[2]}?", "answer": person.value(relation)}
-        )
+        question = wordings(world, person.name, relation)[0][0]
+        found.append({"question": f"{question} {options[0]}, {options[1]} or {options[2]}?", "answer": value})
         found.append({"text": f"{person.name} is also called {person.nickname}."})
     for row in general(world):
-        found += [{"question": q, "answer": row["answer"]} for q in (row["question"], *row["paraphrased_questions"])]
+        trained, _ = wordings(world, row["entity"], row["relation"])
+        found += [{"question": asked, "answer": row["answer"]} for asked in trained]
     return found
 
 
@@ -168,7 +197,8 @@ def files(world: World) -> dict[str, list[Record]]:
         for split in ("forget", "retain", "neighbour", "holdout")
     }
     passages = [
-        {"entity": person.name, "text": " ".join(_statements(person))} for person in world.members("forget", "retain")
+        {"entity": person.name, "text": " ".join(_passage(world, person))}
+        for person in world.members("forget", "retain")
     ]
     known = ("forget", "neighbour", "retain")
     return {
@@ -180,5 +210,5 @@ def files(world: World) -> dict[str, list[Record]]:
     }
 
 
-def _statements(person: Person) -> list[str]:
-    return [STATEMENTS[relation][0].format(name=person.name, value=person.value(relation)) for relation in RELATIONS]
+def _passage(world: World, person: Person) -> list[str]:
+    return [statements(world, person, relation)[0].replace("{value}", person.value(relation)) for relation in RELATIONS]

@@ -7,6 +7,7 @@ the weights do not depend on how many threads the machine has.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,8 +49,8 @@ def tokenizer(texts: list[str], vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path) -> None:
-    """Train one model on a file of rows and save it as a model folder."""
+def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path, parent: int) -> None:
+    """Train one model on a file of rows and save it as a model folder; stop if process `parent` dies before."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
@@ -79,6 +80,9 @@ def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path) -> N
     items = [subject.encode(_row(number, line, Row)) for number, line in enumerate(_lines(rows))]
 
     def progress(done: int, total: int) -> None:
+        # Another parent means that the builder was killed: its successor trains this model anew.
+        if os.getppid() != parent:
+            sys.exit("the builder is gone")
         if done % 20 == 0 or done == total:
             print(json.dumps([done, total]), flush=True)
 
@@ -113,12 +117,13 @@ def _row(number: int, line: dict[str, Any], row: Any) -> Any:
 def job(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path) -> str:
     """The one argument of the training process."""
     paths = {"rows": str(rows), "texts": str(texts), "folder": str(folder)}
-    return json.dumps({**paths, "recipe": asdict(recipe), "seed": seed})
+    return json.dumps({**paths, "recipe": asdict(recipe), "seed": seed, "parent": os.getpid()})
 
 
 def main(argument: str) -> None:
     asked = json.loads(argument)
-    train(Path(asked["rows"]), Path(asked["texts"]), Recipe(**asked["recipe"]), asked["seed"], Path(asked["folder"]))
+    rows, texts, folder = (Path(asked[name]) for name in ("rows", "texts", "folder"))
+    train(rows, texts, Recipe(**asked["recipe"]), asked["seed"], folder, asked["parent"])
 
 
 if __name__ == "__main__":
