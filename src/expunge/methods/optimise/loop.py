@@ -302,14 +302,15 @@ def train(
     """
     from accelerate import PartialState
 
+    if not parameters:
+        return Log()
     processes = PartialState()
-    parameters = list(parameters)
     masters = [
         p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone(), requires_grad=True)
         for p in parameters
     ]
     optimiser = torch.optim.AdamW(
-        masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True if masters else None
+        masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
     log, first = Log(), 0
     best: list[Tensor] | None = None
