@@ -178,7 +178,7 @@ def test_killed_at_ten_random_moments_the_same_command_finishes_with_the_same_re
         go(folder, kill_after=draw.uniform(0.1, 0.95) * length)
         go(folder)
         assert outcome(folder) == expected, number
-        leftovers = [p for p in folder.rglob("*.partial")]
+        leftovers = list(folder.rglob("*.partial"))
         assert not leftovers or all(p.name.startswith(".") for p in leftovers)
         shutil.rmtree(folder)
     assert Ledger(tmp_path / "ledger.sqlite").verify()[0]
