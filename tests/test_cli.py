@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,12 +208,12 @@ def test_progress_without_a_terminal_is_a_line_per_phase(capsys, monkeypatch) ->
     for done in range(1, 4):
         progress("train", done, 3)
     progress.phase("audit")(5, 5)
+    progress.phase("audit")(5, 5)
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert [re.sub(r" in .*", "", line) for line in lines] == [
         "train ...",
         "train: 3 of 3",
-        "audit ...",
         "audit: 5 of 5",
     ]
 
@@ -323,3 +324,101 @@ def test_compare_prints_a_table_or_json(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "out" / "compare.html").is_file()
     assert cli.main(["compare", *runs, "--out", str(tmp_path / "out"), "--json"]) == cli.DONE
     assert json.loads(capsys.readouterr().out)
+
+
+# --- the whole road on a random model ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A request that takes seconds: a random model, ten entities, one attack."""
+    from tiny import tiny
+
+    from expunge.subjects.language import LanguageModel
+
+    place = tmp_path_factory.mktemp("road")
+    LanguageModel(*tiny("llama")).save(place / "model")
+    for side, start in (("forget", 0), ("retain", 100)):
+        rows = [
+            {"id": f"{side}-{i}", "question": f"where was {i} born?", "answer": f"Tivin {i}", "entity": f"person {i}"}
+            for i in range(start, start + 10)
+        ]
+        (place / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "request.yaml").write_text(
+        "model: model\n"
+        "data: {forget: forget.jsonl, retain: retain.jsonl}\n"
+        "training: {steps: 2, batch_size: 4}\n"
+        "audit: {attacks: [direct], bootstrap: 100, self_test: false}\n"
+    )
+    return place
+
+
+@pytest.fixture
+def at(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EXPUNGE_LEDGER", str(tmp_path / "ledger.sqlite"))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_run_then_audit_then_compare(at: Path, capsys) -> None:
+    command = ["run", str(at / "request.yaml")]
+    assert cli.main([*command, "--out", "one", "--save-model", "--set", "beta=0.3"]) == cli.DONE
+    shown = capsys.readouterr()
+    assert shown.out.startswith("verdict: inconclusive")
+    assert "report: one/report.html" in shown.out
+    assert "change: npo: 2 of 2 in " in shown.err
+    assert Path("one/report.html").is_file()
+    assert json.loads(Path("one/method.json").read_text())["settings"]["beta"] == 0.3
+
+    # Done already: nothing is done again, and the result is the same.
+    assert cli.main([*command, "--out", "one", "--set", "beta=0.3", "--json", "--require", "suppressed"]) == cli.NOT_MET
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["verdict"]["verdict"] == "inconclusive"
+    assert shown.err == "--require not met: the verdict is inconclusive, wanted suppressed\n"
+
+    # The saved model is base + delta: an audit of either says the same.
+    audits = []
+    for number, suspect in enumerate(("one", "one/model")):
+        call = ["audit", suspect, "--request", str(at / "request.yaml"), "--out", f"audit-{number}", "--json"]
+        assert cli.main(call) == cli.DONE
+        audits.append(json.loads(capsys.readouterr().out))
+    assert audits[0]["metrics"] == audits[1]["metrics"]
+
+    assert cli.main([*command, "--out", "two", "--method", "grad_diff", "--scope", "layers:-1-", "--json"]) == cli.DONE
+    capsys.readouterr()
+    assert cli.main(["compare", "one", "two", "--out", "both"]) == cli.DONE
+    assert "two" in capsys.readouterr().out
+    assert cli.main(["ledger", "verify"]) == cli.DONE
+
+
+def test_plan_says_what_the_run_will_do(at: Path, capsys) -> None:
+    assert cli.main(["plan", str(at / "request.yaml"), "--json", "--scope", "lora(r=2)"]) == cli.DONE
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["tokens"]["steps"] == 2
+    assert planned["audit"]["models"] == 2
+    assert 0 < planned["parameters"]["share"] < 0.2
+    assert cli.main(["plan", str(at / "request.yaml")]) == cli.DONE
+    shown = capsys.readouterr().out
+    for word in ("trainable parameters", "peak memory", "time on this machine", "questions asked per model"):
+        assert word in shown
+    assert not list(Path().iterdir()), "a plan writes nothing"
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(at: Path) -> None:
+    command = [sys.executable, "-m", "expunge", "run", str(at / "request.yaml"), "--out", "run"]
+    many = [*command, "--set", "training.steps=150", "--set", "training.guard=false"]
+    process = subprocess.Popen(many, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("change: npo"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (cli.INTERRUPTED, "")
+    assert "goes on: expunge run" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not Path("run/evidence.json").exists()
+    done = subprocess.run([*many, "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == cli.DONE, done.stderr
+    assert json.loads(done.stdout)["method"]["steps"] == 150
+    events = [entry["event"] for entry in json.loads(expunge("ledger", "list", "--json").stdout)]
+    assert events == ["request_received", "started", "interrupted", "resumed", "finished"]

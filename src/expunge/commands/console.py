@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -107,17 +108,18 @@ class Progress:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if phase != self._name:
+        new, finished = phase != self._name, done >= total
+        if new:
             self._name, self._started, self._told = phase, now, now
-            if self._bars:
-                self._task = self._bars.add_task(phase, total=total)
-            else:
-                remark(f"{phase} ...")
         if self._bars:
+            if new:
+                self._task = self._bars.add_task(phase, total=total)
             self._bars.update(self._task, completed=done, total=total)
-        elif done >= total:
+        elif finished and self._told < math.inf:
+            self._told = math.inf
             remark(f"{phase}: {total} of {total} in {duration(now - self._started)}")
-            self._name = ""
+        elif new:
+            remark(f"{phase} ...")
         elif now - self._told >= PLAIN_SECONDS:
             self._told = now
             left = f", {duration((now - self._started) * (total - done) / done)} left" if done else ""
