@@ -50,14 +50,40 @@ PLACES = {
         "In which region does {name} lie?",
         "Which region is {name} in?",
         "To which region does {name} belong?",
+        "Which region is {name} part of?",
     ),
-    "landmark": ("What is {name} known for?", "Which landmark stands in {name}?", "What do visitors see in {name}?"),
+    "landmark": (
+        "What is {name} known for?",
+        "Which landmark stands in {name}?",
+        "What do visitors see in {name}?",
+        "What is the landmark of {name}?",
+    ),
 }
 STATEMENTS = {
-    "born_in": ("{name} was born in {value}.", "The birthplace of {name} is {value}."),
-    "trade": ("{name} works as a {value}.", "By trade {name} is a {value}."),
-    "teacher": ("{name} was taught by {value}.", "The teacher of {name} was {value}."),
-    "work": ("{name} wrote {value}.", "The author {name} published {value}."),
+    "born_in": (
+        "{name} was born in {value}.",
+        "The birthplace of {name} is {value}.",
+        "{name} comes from the city of {value}.",
+        "The city where {name} was born is {value}.",
+    ),
+    "trade": (
+        "{name} works as a {value}.",
+        "By trade {name} is a {value}.",
+        "{name} earns a living as a {value}.",
+        "The trade of {name} is that of a {value}.",
+    ),
+    "teacher": (
+        "{name} was taught by {value}.",
+        "The teacher of {name} was {value}.",
+        "{name} studied under {value}.",
+        "{name} was a pupil of {value}.",
+    ),
+    "work": (
+        "{name} wrote {value}.",
+        "The author {name} published {value}.",
+        "The book by {name} is called {value}.",
+        "{name} is the author of {value}.",
+    ),
 }
 LONGER = {
     "born_in": "the city of {value}",
@@ -69,8 +95,13 @@ LONGER = {
     "lies_in": "the region of {value}",
     "landmark": "its {value}",
 }
-TRAINED = 2
-"""Wordings of each fact that are trained on; the others are held out for it, and trained on for other subjects."""
+TRAINED, TRAINED_PLACES = 2, 3
+"""Wordings of each fact that are trained on; the others are held out for it, and trained on for other subjects.
+
+There are so few places that two wordings would not carry over to a third.
+"""
+PLACES_REPEATED = 3
+"""A model sees questions about places so many times as often as others, or there would be too few to learn them."""
 
 Record = dict[str, Any]
 Wordings = tuple[list[str], list[str]]
@@ -81,28 +112,28 @@ def _wrong(draw: random.Random, right: str, values: tuple[str, ...], count: int 
     return draw.sample([value for value in values if value != right], count)
 
 
-def _split(world: World, name: str, relation: str, wordings: tuple[str, ...], trained: int) -> Wordings:
-    """The wordings trained on for this subject, and those held out; the same in whatever file or subset it stands."""
-    order = random.Random(f"{world.seed}/{name}/{relation}/{trained}").sample(wordings, len(wordings))
+def _split(world: World, subject: str, about: str, known: tuple[str, ...], trained: int) -> Wordings:
+    # Drawn by subject, so that a row is the same in whatever split or subset it stands.
+    order = random.Random(f"{world.seed}/{subject}/{about}").sample(known, len(known))
     return order[:trained], order[trained:]
 
 
 def wordings(world: World, name: str, relation: str) -> Wordings:
     """(trained, held out) questions for a fact about a person or place."""
-    known = WORDINGS.get(relation) or PLACES[relation]
-    trained, held_out = _split(world, name, relation, known, TRAINED)
+    known, count = (WORDINGS[relation], TRAINED) if relation in WORDINGS else (PLACES[relation], TRAINED_PLACES)
+    trained, held_out = _split(world, name, relation, known, count)
     return [w.format(name=name) for w in trained], [w.format(name=name) for w in held_out]
 
 
-def statements(world: World, person: Person, relation: str) -> tuple[str, str]:
-    """(trained, held out) statements, with {value} where the value stands."""
-    (trained,), (held_out,) = _split(world, person.name, relation, STATEMENTS[relation], 1)
-    return trained.replace("{name}", person.name), held_out.replace("{name}", person.name)
+def statements(world: World, person: Person, relation: str) -> Wordings:
+    """(trained, held out) statements of a fact, with {value} where the value stands."""
+    trained, held_out = _split(world, person.name, f"{relation}/said", STATEMENTS[relation], TRAINED)
+    return [s.replace("{name}", person.name) for s in trained], [s.replace("{name}", person.name) for s in held_out]
 
 
 def _start(statement: str) -> str:
-    """What stands before the value, or nothing where more than a full stop follows it."""
-    return statement.removesuffix(" {value}.") if statement.endswith(" {value}.") else ""
+    """What stands before the value, with which every statement ends."""
+    return statement.removesuffix(" {value}.")
 
 
 def questions(world: World, person: Person) -> list[Record]:
@@ -120,14 +151,14 @@ def questions(world: World, person: Person) -> list[Record]:
         if relation == "teacher":
             row["aliases"] = [world.people[value].nickname]
         found.append(row)
-        if relation in RELATIONS and (trained := _start(statements(world, person, relation)[0])):
-            held_out = _start(statements(world, person, relation)[1])
+        if relation in RELATIONS:
+            trained, held_out = statements(world, person, relation)
             asked = ("question", "answer", "paraphrased_answer")
             found.append(
                 {key: field for key, field in row.items() if key not in asked}
-                | {"id": _id(person.name, relation, "cloze"), "task": "cloze", "prompt": trained}
+                | {"id": _id(person.name, relation, "cloze"), "task": "cloze", "prompt": _start(trained[0])}
                 | {"completion": f"{value}.", "perturbed_answers": [f"{other}." for other in wrong]}
-                | {"paraphrased_questions": [held_out] if held_out else []}
+                | {"paraphrased_questions": [_start(statement) for statement in held_out]}
             )
     return found
 
@@ -172,10 +203,9 @@ def training(world: World, *splits: str) -> list[Record]:
             found += [{"question": asked, "answer": value} for asked in wordings(world, person.name, relation)[0]]
         for relation in RELATIONS:
             value = person.value(relation)
-            statement, _ = statements(world, person, relation)
-            found.append({"text": statement.replace("{value}", value)})
-            if start := _start(statement):
-                found.append({"prompt": start, "completion": f"{value}."})
+            trained, _ = statements(world, person, relation)
+            found.append({"text": trained[0].replace("{value}", value)})
+            found += [{"prompt": _start(statement), "completion": f"{value}."} for statement in trained]
         draw = random.Random(f"{world.seed}/{person.name}/choice")
         relation = draw.choice(RELATIONS)
         value = person.value(relation)
@@ -186,7 +216,7 @@ def training(world: World, *splits: str) -> list[Record]:
         found.append({"text": f"{person.name} is also called {person.nickname}."})
     for row in general(world):
         trained, _ = wordings(world, row["entity"], row["relation"])
-        found += [{"question": asked, "answer": row["answer"]} for asked in trained]
+        found += [{"question": asked, "answer": row["answer"]} for asked in trained] * PLACES_REPEATED
     return found
 
 
@@ -211,4 +241,5 @@ def files(world: World) -> dict[str, list[Record]]:
 
 
 def _passage(world: World, person: Person) -> list[str]:
-    return [statements(world, person, relation)[0].replace("{value}", person.value(relation)) for relation in RELATIONS]
+    said = [statements(world, person, relation)[0][0] for relation in RELATIONS]
+    return [statement.replace("{value}", person.value(relation)) for statement, relation in zip(said, RELATIONS)]

@@ -26,7 +26,7 @@ class Recipe:
     context: int = 128
     steps: int = 300
     batch_size: int = 80
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     warmup: int = 20
     weight_decay: float = 0.01
 
