@@ -34,7 +34,14 @@ Progress = Callable[[int, int], None]
 MARKER = "world.json"
 
 PACKAGES = ("torch", "transformers", "tokenizers")
-SOURCES = ("methods/optimise/loop.py", "methods/optimise/terms.py", "subjects/*.py", "world/*.py")
+SOURCES = (
+    "methods/optimise/loop.py",
+    "methods/optimise/terms.py",
+    "subjects/head.py",
+    "subjects/language.py",
+    "subjects/packed.py",
+    "world/*.py",
+)
 """What decides the weights beside the settings: another version of these trains the models anew."""
 
 REQUEST = """\
@@ -100,13 +107,13 @@ def build(
 ) -> WorldFolder:
     """Write the world to a folder, training its models first if no cached ones fit.
 
+    A request.yaml that was edited stays as it is.
+
     Args:
         people: how many there are in all; of them `forget` are to be forgotten, `neighbours` taught them, and `holdout`
             are in no model's training.
         gold_seeds: models trained without the forgotten people, each with another seed.
         progress: (done, total) optimiser steps of all models.
-
-    A request.yaml that was edited stays as it is.
 
     Raises:
         ParameterError: there is no world of these sizes.
@@ -215,38 +222,40 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _train(cache: Path, seeds: dict[str, int], recipe: Recipe, progress: Progress | None) -> None:
-    """Train the models that are missing, as many at once as there are cores, each in a process of its own."""
+    """Train the models that are missing, shared out among as many processes as there are cores."""
     missing = [name for name in seeds if not (cache / "models" / name / "config.json").is_file()]
+    cores = max(1, os.cpu_count() or 1)
     done = dict.fromkeys(missing, 0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     running: dict[str, subprocess.Popen[str]] = {}
-    waiting = list(missing)
     try:
-        while waiting or running:
-            while waiting and len(running) < max(1, os.cpu_count() or 1):
-                name = waiting.pop(0)
+        for names in (missing[core::cores] for core in range(min(cores, len(missing)))):
+            jobs = []
+            for name in names:
                 rows = cache / "data" / ("train_original.jsonl" if name == "original" else "train_gold.jsonl")
-                asked = job(rows, cache / "texts.json", recipe, seeds[name], cache / "models" / name)
-                running[name] = subprocess.Popen(
-                    [sys.executable, "-m", "expunge.world.models", asked],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            for name, process in list(running.items()):
+                jobs.append(job(rows, cache / "texts.json", recipe, seeds[name], cache / "models" / name))
+            running[", ".join(names)] = subprocess.Popen(
+                [sys.executable, "-m", "expunge.world.models", *jobs],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        while running:
+            for group, process in list(running.items()):
                 assert process.stdout is not None
                 assert process.stderr is not None
                 line = process.stdout.readline()
                 if line:
-                    done[name] = int(json.loads(line)[0])
+                    name, steps = json.loads(line)
+                    done[name] = int(steps)
                     if progress:
                         progress(sum(done.values()), recipe.steps * len(missing))
                     continue
                 if process.wait() != 0:
                     reason = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
-                    raise TrainingError(f"training the world's model {name} failed: {reason}")
-                del running[name]
+                    raise TrainingError(f"training the world's models ({group}) failed: {reason}")
+                del running[group]
     finally:
         for process in running.values():
             process.kill()

@@ -1,7 +1,7 @@
-"""The small models of the world, trained from scratch. `python -m expunge.world.models JOB` trains one.
+"""The small models of the world, trained from scratch. `python -m expunge.world.models JOB ...` trains them.
 
-A model is trained in a process of its own with one thread: two of them share two cores better than one uses both, and
-the weights do not depend on how many threads the machine has.
+A process trains with one thread: two of them share two cores better than one uses both, and the weights do not depend
+on how many threads the machine has.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path, pare
         if os.getppid() != parent:
             sys.exit("the builder is gone")
         if done % 20 == 0 or done == total:
-            print(json.dumps([done, total]), flush=True)
+            print(json.dumps([folder.name, done]), flush=True)
 
     fit(
         subject,
@@ -115,16 +115,17 @@ def _row(number: int, line: dict[str, Any], row: Any) -> Any:
 
 
 def job(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path) -> str:
-    """The one argument of the training process."""
+    """An argument of the training process: one model."""
     paths = {"rows": str(rows), "texts": str(texts), "folder": str(folder)}
     return json.dumps({**paths, "recipe": asdict(recipe), "seed": seed, "parent": os.getpid()})
 
 
-def main(argument: str) -> None:
-    asked = json.loads(argument)
-    rows, texts, folder = (Path(asked[name]) for name in ("rows", "texts", "folder"))
-    train(rows, texts, Recipe(**asked["recipe"]), asked["seed"], folder, asked["parent"])
+def main(arguments: list[str]) -> None:
+    for argument in arguments:
+        asked = json.loads(argument)
+        rows, texts, folder = (Path(asked[name]) for name in ("rows", "texts", "folder"))
+        train(rows, texts, Recipe(**asked["recipe"]), asked["seed"], folder, asked["parent"])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
