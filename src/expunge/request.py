@@ -60,7 +60,7 @@ class GuardSettings(_Strict):
     """The utility guard: stops a run whose loss on held-out retain rows leaves the band, and steps back."""
 
     band: Annotated[float, Field(gt=0)] = Field(1.0, description="Nats per answer token above the start.")
-    patience: Annotated[int, Field(ge=1)] = Field(3, description="Checks outside the band before stopping.")
+    patience: Annotated[int, Field(ge=1)] = Field(6, description="Checks outside the band before stopping.")
     every: Annotated[int, Field(ge=1)] = Field(10, description="Optimiser steps between checks.")
     rows: Annotated[int, Field(ge=1)] = Field(32, description="Retain rows held out, at most a fifth of them.")
 

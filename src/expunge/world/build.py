@@ -132,7 +132,7 @@ def build(
     cache = cache_folder() / "world" / key
     seeds = {"original": seed * 100, **{f"gold-{i}": seed * 100 + 1 + i for i in range(gold_seeds)}}
     golds = ", ".join(f"models/gold-{i}" for i in range(gold_seeds))
-    request = REQUEST.format(forget=forget, seed=seed, golds=golds, epochs=8, learning_rate="5.0e-4")
+    request = REQUEST.format(forget=forget, seed=seed, golds=golds, epochs=12, learning_rate="3.0e-4")
     try:
         with _lock(cache):
             for name, rows in written.items():

@@ -35,7 +35,7 @@ class Guard:
 
     band: float = 1.0
     """Nats per answer token above the start model's loss."""
-    patience: int = 3
+    patience: int = 6
     every: int = 10
     """Optimiser steps between checks."""
     rows: int = 32
