@@ -46,7 +46,17 @@ def test_roles_of_a_mixture_of_experts():
 
 @pytest.mark.parametrize(
     ("span", "layers"),
-    [("1", {1}), ("0-1", {0, 1}), ("-1", {2}), ("-2-", {1, 2}), ("1-", {1, 2}), ("0.5-", {1, 2}), ("all", {0, 1, 2})],
+    [
+        ("1", {1}),
+        ("0-1", {0, 1}),
+        ("-1", {2}),
+        ("-2-", {1, 2}),
+        ("1-", {1, 2}),
+        ("0.5-", {1, 2}),
+        ("0.5", {1}),
+        ("0-0.5", {0, 1}),
+        ("all", {0, 1, 2}),
+    ],
 )
 def test_ranges(span, layers):
     assert {int(name.split(".")[2]) for name in names(f"layers:{span}")} == layers
@@ -83,6 +93,8 @@ def test_regex_is_a_full_match_and_names_the_nearest():
         ("layers:9", "not within 0-2"),
         ("layers:x", "not a range"),
         ("layers:-", "not a range"),
+        ("layers:0.5-1.5", "not within 0-2"),
+        ("lora(modules=norm)", "no linear layer of norm"),
         ("role:mlp_outt", "Did you mean mlp_out"),
         ("regex:(", "not a regular expression"),
         ("all-all", "leaves nothing"),

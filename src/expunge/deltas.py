@@ -35,7 +35,7 @@ class Delta:
     base: str
     """Fingerprint of the subject it was made on."""
     entries: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Parameter name to tensors: {difference}, {A (r, in), B (out, r), scale ()} or {index (n,), value (n,)}."""
+    """Parameter name to tensors: {difference}, {A (r, columns), B (rows, r), scale ()} or {index (n,), value (n,)}."""
     lineage: dict[str, Any] = field(default_factory=dict)
     result: str = ""
     """Fingerprint of base + delta, where known."""
@@ -118,8 +118,6 @@ class Delta:
             flat[entry["index"]] = entry["value"].float()
             return flat.view(shape)
         change = self.difference(name)
-        if change.shape == shape[::-1] and change.shape != shape and "A" in entry:
-            change = change.T  # layers that keep (in, out)
         if change.shape != shape:
             raise MismatchError(f"tensor {name} has shape {tuple(shape)}, the delta {tuple(change.shape)}")
         return change
@@ -202,6 +200,9 @@ class Delta:
             entries.setdefault(name, {})[part] = tensor
         for name, entry in entries.items():
             _form(name, entry)
+        missing = [field for field in ("base", "lineage", "result", "config") if field not in about]
+        if missing:
+            raise DeltaError(f"{folder}/delta.json has no field {missing[0]}")
         return Delta(about["base"], entries, about["lineage"], about["result"], about["config"])
 
 

@@ -309,9 +309,7 @@ def train(
         p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone(), requires_grad=True)
         for p in parameters
     ]
-    optimiser = torch.optim.AdamW(
-        masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+    optimiser = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     log, first = Log(), 0
     best: list[Tensor] | None = None
     outside = 0

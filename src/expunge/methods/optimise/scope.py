@@ -206,7 +206,7 @@ def _range(span: str, depth: int, text: str) -> range:
         raise ScopeError(f"scope {text!r}: {span!r} is not a range of layers; expected e.g. 5, 5-7, -2-, 0.5- or all")
     low, high = (span, span) if single else (pair.group(1), pair.group(2))  # type: ignore[union-attr]
     first = _layer(low, depth, end=False) if low else 0
-    last = _layer(high, depth, end=True) if high else depth - 1
+    last = first if single else _layer(high, depth, end=True) if high else depth - 1
     if not 0 <= first <= last < depth:
         raise ScopeError(f"scope {text!r}: layers {span} are not within 0-{depth - 1}")
     return range(first, last + 1)
@@ -214,6 +214,8 @@ def _range(span: str, depth: int, text: str) -> range:
 
 def _layer(number: str, depth: int, *, end: bool) -> int:
     if "." in number:
+        if not 0 <= float(number) <= 1:
+            return -1
         place = float(number) * depth
         return max(0, math.ceil(place) - 1) if end else min(depth - 1, math.floor(place))
     value = int(number)
@@ -250,18 +252,19 @@ def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
     places = [place for role in roles for place in parts.roles[role]]
     if not roles:
         wanted = set(modules.split("|"))
-        linear = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-        places = [(parts.layer(n + "."), n + ".weight") for n in linear if n.rpartition(".")[2] in wanted]
+        weighty = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+        places = [(parts.layer(n + "."), n + ".weight") for n in weighty if n.rpartition(".")[2] in wanted]
         if not places:
-            names = {n.rpartition(".")[2] for n in linear if parts.layer(n + ".") is not None}
+            names = {n.rpartition(".")[2] for n in weighty if parts.layer(n + ".") is not None}
             raise ScopeError(
                 f"scope {text!r}: no module is called {modules!r}. {suggest(modules, {*names, *LORA_MODULES})}"
             )
-    targets = dict.fromkeys(
-        name.removesuffix(".weight") for layer, name in places if layer in layers and name.endswith(".weight")
-    )
+    linear = {name for name, module in model.named_modules() if hasattr(module, "in_features") or hasattr(module, "nf")}
+    owners = dict.fromkeys(name.removesuffix(".weight") for layer, name in places if layer in layers)
+    targets = [owner for owner in owners if owner in linear]
     if not targets:
-        raise ScopeError(f"scope {text!r}: no {modules} module stands in layers {given.get('layers', 'all')}")
+        where = given.get("layers", "all")
+        raise ScopeError(f"scope {text!r}: no linear layer of {modules} stands in layers {where}")
     first = model.get_submodule(next(iter(targets)))
     transposed = not hasattr(first, "out_features") and hasattr(first, "nf")
     return LoraSpec(r, alpha, dropout, init, tuple(targets), transposed)

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ...cards import MethodCard
 from ...deltas import Delta
-from ...errors import RequestError, RowError
+from ...errors import RequestError, RowError, ScopeError
 from ...registry import Part
 from ...rows import Row
+from ...subjects.anatomy import anatomy
 from ...subjects.language import LanguageModel, Progress
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
 from .loop import Drawn, Training, draw, references, train
-from .scope import Resolved, resolve
+from .scope import LoraSpec, Resolved, resolve
 from .terms import Step
 
 
@@ -208,16 +209,28 @@ def _working_copy(subject: LanguageModel, resolved: Resolved) -> tuple[LanguageM
     # The base's tensors are shared, so their flags are too; they stay off, as nothing else trains a base.
     working.model.requires_grad_(False)
     if resolved.lora is not None:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(resolved.lora.config(), working.model)
-        # Injection turns the base's own flags off; the adapters' are on.
+        _add_adapters(working.model, resolved.lora)
     parameters = []
     for name, parameter in working.model.named_parameters():
         # Under adapters a wrapped layer's own tensor has another name.
         if name.replace(".base_layer.", ".") in moving or ".lora_" in name:
             parameters.append(parameter.requires_grad_(True))
     return working, parameters
+
+
+def _add_adapters(model: nn.Module, spec: LoraSpec) -> None:
+    """Put an adapter on every target, in place."""
+    from peft import inject_adapter_in_model
+
+    blocks = anatomy(model).blocks[0].name.rpartition(".")[0]
+    inside = all(target.startswith(blocks + ".") for target in spec.targets)
+    # Given a whole model peft may send MLP targets to its fused experts instead; given the list of blocks it does not.
+    owner, prefix = (model.get_submodule(blocks), blocks + ".") if inside else (model, "")
+    relative = replace(spec, targets=tuple(target.removeprefix(prefix) for target in spec.targets))
+    inject_adapter_in_model(relative.config(), owner)
+    missed = [target for target in spec.targets if not hasattr(model.get_submodule(target), "lora_A")]
+    if missed:
+        raise ScopeError(f"peft put no adapter on {missed[0]}; leave it out of the scope")
 
 
 def _delta(subject: LanguageModel, working: LanguageModel, resolved: Resolved, lineage: dict[str, Any]) -> Delta:
@@ -233,6 +246,8 @@ def _delta(subject: LanguageModel, working: LanguageModel, resolved: Resolved, l
         for target in resolved.lora.targets:
             layer = working.model.get_submodule(target)
             a, b = (getattr(layer, part)["default"].weight.detach().float().cpu() for part in ("lora_A", "lora_B"))
+            if resolved.lora.transposed:  # the layer keeps (in, out): (B A)^T = A^T B^T
+                a, b = b.T, a.T
             if f"{target}.weight" in entries:
                 product = layer.get_delta_weight("default").detach().float().cpu()
                 entries[f"{target}.weight"]["difference"] += product
