@@ -23,6 +23,8 @@ from .words import (
     with_interval,
 )
 
+BROKEN = {"damaged", "neighbour_damage", "skill_loss"}
+"""With these flags even a model that has forgotten is no replacement: a ruined one passes every attack."""
 SHOWN = 3
 """Attacks beside the verdict; all of them are in the plot."""
 
@@ -43,7 +45,11 @@ def flags(evidence: Evidence) -> list[str]:
 def judgement(evidence: Evidence) -> dict[str, Any]:
     words = verdict_words(evidence.verdict.verdict)
     flagged = [(name, meaning) for name, meaning, _ in map(flag_words, evidence.verdict.flags)]
-    actions = [words.action, *(flag_words(flag)[2] for flag in evidence.verdict.flags)]
+    broken = BROKEN & set(evidence.verdict.flags)
+    first = "Do not ship this model: what it was meant to keep is hurt." if broken else words.action
+    if broken and words.tone == "good":
+        words = words._replace(tone="fair", sign="!")
+    actions = [first, *(flag_words(flag)[2] for flag in evidence.verdict.flags)]
     return {
         "words": words,
         "headline": headline(evidence),
