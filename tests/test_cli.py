@@ -147,6 +147,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, line, capsys, tmp_path, m
         (PermissionError(errno.EACCES, "Permission denied", "/out"), 2, "error E500: Permission denied: /out"),
         (MemoryError(), 2, "error E520: out of memory.*"),
         (RuntimeError("[enforce fail] can't allocate memory: you tried ..."), 2, "error E520: out of memory.*"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "error E500: No space left on device.*"),
         (ZeroDivisionError("division by zero"), 1, "error E999: ZeroDivisionError: division by zero. This is a bug.*"),
     ],
 )
@@ -391,6 +392,17 @@ def test_run_then_audit_then_compare(at: Path, capsys) -> None:
     assert cli.main(["compare", "one", "two", "--out", "both"]) == cli.DONE
     assert "two" in capsys.readouterr().out
     assert cli.main(["ledger", "verify"]) == cli.DONE
+
+
+def test_set_reaches_the_method_and_every_field_of_the_request(at: Path, capsys) -> None:
+    command = ["plan", str(at / "request.yaml"), "--json"]
+    assert cli.main([*command, "--set", "training.steps=5", "--set", "scope=lora(r=1)", "--set", "beta=1"]) == cli.DONE
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["tokens"]["steps"], planned["scope"]) == (5, "lora(r=1)")
+    assert cli.main([*command, "--set", "modle=x"]) == cli.MISTAKE
+    assert "error E320: optimise npo has no parameter 'modle'" in capsys.readouterr().err
+    assert cli.main([*command, "--set", "training.step=5"]) == cli.MISTAKE
+    assert "there is no field 'training.step'. Did you mean steps" in capsys.readouterr().err
 
 
 def test_plan_says_what_the_run_will_do(at: Path, capsys) -> None:

@@ -26,7 +26,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="A parameter of the method (beta=0.2) or, with a dot, a field of the request (training.epochs=3).",
+        help="A parameter of the method (beta=0.2) or a field of the request (training.epochs=3, proof=quick).",
         show_default=False,
     ),
 ]
@@ -141,7 +141,7 @@ def audit(
     settings, fields = _split(set_)
     if settings:
         raise ParameterError(
-            f"--set {next(iter(settings))}: an audit sets no method; a field of the request has a dot, audit.seed=3"
+            f"--set {next(iter(settings))}: an audit sets no method, only fields of the request such as audit.seed=3"
         )
     load_plugins(plugin)
     read = _load(request, fields)
@@ -221,8 +221,11 @@ def _folder(request: Any) -> Path:
 
 def _split(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """--set values: (parameters of the method, fields of the request by dotted name)."""
+    from ..request import Request
+
     given = assignments(pairs or [])
-    return ({k: v for k, v in given.items() if "." not in k}, {k: v for k, v in given.items() if "." in k})
+    fields = {name for name in given if "." in name or name in Request.model_fields}
+    return ({k: v for k, v in given.items() if k not in fields}, {k: given[k] for k in given if k in fields})
 
 
 def _known_verdicts(wanted: list[str] | None) -> None:
