@@ -1,8 +1,8 @@
 """Importing the package and asking for help must cost next to nothing."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -20,12 +20,13 @@ def test_heavy_libraries_are_not_imported(module: str) -> None:
 
 
 def best_seconds(command: list[str]) -> float:
-    """Best of five: the machine may be shared."""
+    """Processor time, best of five: the machine may be shared, and waiting for it is not the command's doing."""
 
     def once(command: list[str]) -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     return min(once(command) for _ in range(5))
 
