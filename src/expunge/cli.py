@@ -12,7 +12,7 @@ import typer
 from .commands import catalogue, deltas, ledger, work, world
 from .commands.console import remark, say
 
-DONE, BUG, MISTAKE, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, BUG, MISTAKE, NOT_MET, INTERRUPTED = 0, 1, 2, work.NOT_MET, 130
 
 app = typer.Typer(
     name="expunge",

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 NOT_MET = 3
 """Exit code of --require."""
-VERDICTS = ("not_forgotten", "suppressed", "removed_under_tested_attacks", "no_recovery_found", "inconclusive")
 
 RequestFile = Annotated[Path, typer.Argument(help="The request file, YAML or JSON; `expunge schema` describes it.")]
 Method = Annotated[str | None, typer.Option(help="Another method than the request's.", show_default=False)]
@@ -147,7 +146,7 @@ def audit(
     read = _load(request, fields)
     from ..run import audit_model
 
-    folder = out or _folder(read)
+    folder = out or Path("runs") / f"{read.name}-audit"
     with progressing(json) as progress:
         evidence = audit_model(model, request=read, gold=gold, original=original, out=folder, progress=progress)
     _tell(evidence, folder, json)
@@ -216,6 +215,7 @@ def _load(file: Path, fields: dict[str, Any]) -> Any:
 
 
 def _folder(request: Any) -> Path:
+    """Where a run goes without --out."""
     return Path(request.out) if request.out else Path("runs") / request.name
 
 
@@ -230,6 +230,7 @@ def _split(pairs: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _known_verdicts(wanted: list[str] | None) -> None:
     from ..errors import UnknownNameError, suggest
+    from ..report.words import VERDICTS
 
     for name in wanted or []:
         if name not in VERDICTS:
