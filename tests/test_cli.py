@@ -394,6 +394,22 @@ def test_run_then_audit_then_compare(at: Path, capsys) -> None:
     assert cli.main(["ledger", "verify"]) == cli.DONE
 
 
+def test_python_says_the_same_as_the_command_line(at: Path, capsys) -> None:
+    import expunge as package
+
+    request = at / "request.yaml"
+    evidence = package.forget(request, out="from-python", settings={"beta": 0.3}, overrides={"proof": "quick"})
+    line = ["run", str(request), "--out", "from-cli", "--json", "--set", "beta=0.3", "--set", "proof=quick"]
+    assert cli.main(line) == cli.DONE
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["verdict"]["because"] == evidence.verdict.because
+    assert shown["models"] == evidence.models
+    audited = package.audit("from-python", request=request)
+    assert audited.models == evidence.models
+    assert Path("runs/request-audit/report.html").is_file()
+    assert package.load(at / "model").tokenizer.eos_token == "</s>"
+
+
 def test_set_reaches_the_method_and_every_field_of_the_request(at: Path, capsys) -> None:
     command = ["plan", str(at / "request.yaml"), "--json"]
     assert cli.main([*command, "--set", "training.steps=5", "--set", "scope=lora(r=1)", "--set", "beta=1"]) == cli.DONE
