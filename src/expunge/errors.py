@@ -1,4 +1,4 @@
-"""Errors are sentences for users: what was asked, what was found, what to do. Each class has a code explained in docs/errors.md."""
+"""Errors are sentences for users: what was asked, what was found, what to do. docs/errors.md explains every code."""
 
 from __future__ import annotations
 

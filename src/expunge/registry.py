@@ -1,4 +1,4 @@
-"""How parts are found: a part's file has the part's name, so nothing is listed twice and nothing is imported before it is asked for.
+"""How parts are found: a part's file has the part's name, so no list is written twice and nothing is imported early.
 
 A part is one function whose typed keyword-only arguments are its parameters: the request file, the command line, the
 docs and the validation are made from that signature. Packages add parts through the entry point groups
@@ -235,6 +235,7 @@ def load_plugin(path: str | Path) -> None:
     if not path.is_file():
         raise UnknownNameError(f"plug-in file {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"expunge_plugin_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

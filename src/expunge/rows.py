@@ -41,7 +41,7 @@ KNOWN = {
 }
 """Our names, and the column names that are taken for them without a mapping."""
 LISTS = ("aliases", "paraphrased_questions", "perturbed_answers")
-SHAPES = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
+SHAPES: tuple[tuple[str, ...], ...] = (("messages",), ("question", "answer"), ("prompt", "completion"), ("text",))
 KINDS = {"messages": "chat", "question": "qa", "prompt": "completion", "text": "text"}
 
 

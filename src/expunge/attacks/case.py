@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class Found:
     """What an attack brought back."""
 
     items: list[Item] = field(default_factory=list)
-    budget: dict[str, float] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
     curve_label: str = ""
     note: str = ""

@@ -360,7 +360,7 @@ def _transposed(module: nn.Module) -> bool:
 
 
 def _takes(block: nn.Module, owner: str) -> int:
-    module = block.get_submodule(owner)
+    module: Any = block.get_submodule(owner)
     weight = _matrix(module)
     if hasattr(module, "in_features"):
         return int(module.in_features)
@@ -368,7 +368,7 @@ def _takes(block: nn.Module, owner: str) -> int:
 
 
 def _gives(block: nn.Module, owner: str) -> int:
-    module = block.get_submodule(owner)
+    module: Any = block.get_submodule(owner)
     weight = _matrix(module)
     if hasattr(module, "out_features"):
         return int(module.out_features)

@@ -394,16 +394,15 @@ class LanguageModel:
             order += group
             if progress:
                 progress(len(order), len(rows))
-        lengths = [rows[i].scored for i in order]
-        table = Scores(
+        columns = {name: np.concatenate(parts[name]) if parts[name] else np.zeros(0, _TYPES[name]) for name in COLUMNS}
+        table = Scores.of(
             [items[i][0] for i in order],
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            *(np.concatenate(parts[name]) if parts[name] else np.zeros(0, _TYPES[name]) for name in COLUMNS),
+            [rows[i].scored for i in order],
+            columns,
             [rows[i].text for i in order],
             {"dtype": str(self.dtype), "subject": self.name},
         )
-        back = np.argsort(order) if order else []
-        return table.take([int(i) for i in back])
+        return table.take(np.argsort(order).tolist() if order else [])
 
     def statistics(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(logprob, hit, mean, variance) per answer token; hidden (n, d), target (n,). Logits live in chunks only."""

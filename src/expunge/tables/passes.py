@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         return None if progress is None else lambda at, _: progress(min(done + at, done + count), total)
 
     for (limit, samples, temperature, seed), members in generating.items():
-        texts = [[subject.prompt_text(row, q) for _, row, q in asks[i].prompts] for i in members]  # type: ignore[union-attr]
+        texts = [[subject.prompt_text(row, q) for _, row, q in _prompts(asks[i])] for i in members]
         order = _distinct(text for several in texts for text in several)
         made = subject.generate(
             [((str(n), "prompt"), text) for text, n in order.items()],
@@ -129,7 +129,7 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         )
         for i, several in zip(members, texts):
             at = [order[text] for text in several]
-            keys = [key for key, _, _ in asks[i].prompts]  # type: ignore[union-attr]
+            keys = [key for key, _, _ in _prompts(asks[i])]
             answers[i] = Generations(
                 keys, several, [made.texts[n] for n in at], [made.stopped[n] for n in at], made.metadata
             )
@@ -137,30 +137,17 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
     scoring = [i for i in open_ if isinstance(asks[i], Score)]
     if scoring:
         encoded = [
-            [subject.encode(row, answer=answer, prompt=q) for _, row, answer, q in asks[i].items]  # type: ignore[union-attr]
-            for i in scoring
+            [subject.encode(row, answer=answer, prompt=q) for _, row, answer, q in _items(asks[i])] for i in scoring
         ]
         order = _distinct(item for several in encoded for item in several)
         table = subject.score([((str(n), "item"), item) for item, n in order.items()], progress=tell(len(order)))
         for i, several in zip(scoring, encoded):
             found = table.take([order[item] for item in several])
-            keys = [key for key, _, _, _ in asks[i].items]  # type: ignore[union-attr]
-            answers[i] = Scores(
-                keys,
-                found.offsets,
-                found.token,
-                found.logprob,
-                found.hit,
-                found.mean,
-                found.variance,
-                found.end,
-                found.texts,
-                found.metadata,
-            )
+            answers[i] = replace(found, keys=[key for key, _, _, _ in _items(asks[i])])
             done += len(several)
     looking = [i for i in open_ if isinstance(asks[i], Hidden)]
     if looking:
-        texts = [[subject.prompt_text(row, q) for row, q in asks[i].prompts] for i in looking]  # type: ignore[union-attr]
+        texts = [[subject.prompt_text(row, q) for row, q in _looks(asks[i])] for i in looking]
         order = _distinct(text for several in texts for text in several)
         states = subject.hidden(list(order))
         for i, several in zip(looking, texts):
@@ -172,6 +159,18 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         if names[i]:
             store.keep(str(names[i]), answers[i].save)
     return answers
+
+
+def _prompts(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None], ...]:
+    return ask.prompts if isinstance(ask, Generate) else ()
+
+
+def _items(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None, str | None], ...]:
+    return ask.items if isinstance(ask, Score) else ()
+
+
+def _looks(ask: Ask) -> tuple[tuple[Row, str | None], ...]:
+    return ask.prompts if isinstance(ask, Hidden) else ()
 
 
 def _distinct(values: Any) -> dict[Any, int]:

@@ -53,13 +53,22 @@ class Scores:
         spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]
         flat = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
         lengths = [len(span) for span in spans]
-        return Scores(
-            [self.keys[i] for i in indices],
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            *(getattr(self, name)[flat] for name in COLUMNS),
-            [self.texts[i] for i in indices],
-            self.metadata,
+        columns = {name: getattr(self, name)[flat] for name in COLUMNS}
+        return Scores.of(
+            [self.keys[i] for i in indices], lengths, columns, [self.texts[i] for i in indices], self.metadata
         )
+
+    @staticmethod
+    def of(
+        keys: list[Key],
+        lengths: Sequence[int] | np.ndarray,
+        columns: dict[str, np.ndarray],
+        texts: list[str],
+        metadata: dict[str, Any] | None = None,
+    ) -> Scores:
+        """A table from flat columns by name and the number of tokens of each item."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Scores(keys=keys, offsets=offsets, texts=texts, metadata=metadata or {}, **columns)
 
     def candidate(self, name: str, ids: Sequence[str] | None = None) -> Scores:
         """The items with this candidate name, in the order of `ids` where given.
@@ -78,13 +87,12 @@ class Scores:
     @staticmethod
     def concatenate(tables: Sequence[Scores]) -> Scores:
         lengths = np.concatenate([np.diff(table.offsets) for table in tables]) if tables else np.zeros(0, np.int64)
-        return Scores(
+        columns = {name: np.concatenate([getattr(table, name) for table in tables]) for name in COLUMNS}
+        keys, texts = (
             [key for table in tables for key in table.keys],
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            *(np.concatenate([getattr(table, name) for table in tables]) for name in COLUMNS),
             [text for table in tables for text in table.texts],
-            tables[0].metadata if tables else {},
         )
+        return Scores.of(keys, lengths, columns, texts, tables[0].metadata if tables else {})
 
     def save(self, path: Path) -> None:
         """Write an arrow file; it appears under its name only when complete."""
@@ -110,13 +118,9 @@ class Scores:
         lists = {name: table[name].combine_chunks() for name in COLUMNS}
         first = lists["token"]
         lengths = first.value_lengths().to_numpy(zero_copy_only=False) if len(first) else np.zeros(0, np.int64)
-        return Scores(
-            list(zip(table["row"].to_pylist(), table["candidate"].to_pylist())),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            *(lists[name].flatten().to_numpy(zero_copy_only=False) for name in COLUMNS),
-            table["text"].to_pylist(),
-            metadata,
-        )
+        columns = {name: lists[name].flatten().to_numpy(zero_copy_only=False) for name in COLUMNS}
+        keys = list(zip(table["row"].to_pylist(), table["candidate"].to_pylist()))
+        return Scores.of(keys, lengths, columns, table["text"].to_pylist(), metadata)
 
 
 COLUMNS = ("token", "logprob", "hit", "mean", "variance", "end")

@@ -129,8 +129,8 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
     layers = [parts.layer(name) for name, _ in parameters]
     if lora is not None:
         for target in lora.targets:
-            weight = model.get_submodule(target).weight
-            trainable += lora.r * sum(weight.shape)
+            owner: Any = model.get_submodule(target)
+            trainable += lora.r * sum(owner.weight.shape)
             layers.append(parts.layer(target + ".weight"))
     inside = [layer for layer in layers if layer is not None]
     below = {name for role in ("embedding", "other") for _, name in parts.roles[role]}
