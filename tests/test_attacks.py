@@ -13,7 +13,8 @@ from expunge.attacks.decoding import leak_at
 from expunge.attacks.matching import recovered, says
 from expunge.attacks.quantise import round_to_nearest
 from expunge.errors import ParameterError, UnknownNameError
-from expunge.methods.guard.output_filter import Filtered, GuardCase, output_filter
+from expunge.methods.guard.case import GuardCase
+from expunge.methods.guard.output_filter import Filtered, output_filter
 from expunge.methods.optimise.loop import fit
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel

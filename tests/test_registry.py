@@ -14,10 +14,6 @@ from expunge.errors import CardError, ParameterError, UnknownNameError
 CARD = {"paper": "arXiv:0000.00000", "intention": "removal", "known_weaknesses": ("not studied",)}
 
 
-ALLOWED = {(room, "expunge.methods.guard.output_filter") for room in ("expunge.audit", "expunge.run")}
-"""The audit tries itself on a filter around the original model; a run puts a guard around its subject."""
-
-
 @pytest.fixture(autouse=True)
 def no_traces() -> Iterator[None]:
     """Parts made by a test are gone after it."""

@@ -178,6 +178,13 @@ def test_a_killed_run_goes_on_and_gives_the_same_delta(tmp_path, monkeypatch):
         assert torch.equal(entry["difference"], resumed.delta.entries[name]["difference"])
 
 
+def test_an_epoch_passes_once_over_the_forget_rows_whatever_the_method_reads():
+    subject = LanguageModel(*tiny("llama"))
+    for method in METHODS:
+        outcome = run(subject, method, training=Training(epochs=2, batch_size=2, learning_rate=1e-4))
+        assert outcome.summary["steps"] == 6, method
+
+
 def test_there_are_a_hundred_refusals():
     lines = refusals()
     assert len(lines) == len(set(lines)) == 100

@@ -81,7 +81,7 @@ def audit(
     """
     if not data.get("forget"):
         raise RequestError("nothing to judge: the request has no knowledge queries (0 forget rows)")
-    _comparable(after, [m for m in (before, *golds) if m is not None])
+    comparable(after, [m for m in (before, *golds) if m is not None])
     data = {name: rows for name, rows in data.items() if rows}
     asked = list(attacks) if attacks is not None else battery(proof)
     limit = max_new_tokens or _limit(after, data)
@@ -171,7 +171,12 @@ def _phase(progress: Progress | None, name: str) -> Callable[[int, int], None] |
     return None if progress is None else lambda done, total: progress(name, done, total)
 
 
-def _comparable(after: Any, others: Sequence[Any]) -> None:
+def comparable(after: Any, others: Sequence[Any]) -> None:
+    """Models that are compared must share a tokenizer.
+
+    Raises:
+        MismatchError: one has another.
+    """
     vocabulary = after.tokenizer.get_vocab()
     for other in others:
         if other.tokenizer.get_vocab() != vocabulary:
@@ -218,9 +223,9 @@ def _self_test(
     progress: Progress | None,
 ) -> SelfTest:
     """Judge models whose truth is known; each must come out right, or no verdict is printed."""
-    from .methods.guard.output_filter import GuardCase, output_filter
+    from .methods.guard.case import GuardCase
 
-    filtered = output_filter(GuardCase(before, data))
+    filtered = registry.get("methods", "output_filter").function(GuardCase(before, data))
     hidden = carry_out(Case(filtered, data, seed, limit), attacks, store, _phase(progress, "self-test"))
     cases: list[dict[str, Any]] = []
 

@@ -129,7 +129,7 @@ def estimate(
     sides = unlearn._sides(part, chosen)
     rows, held_out = unlearn._rows(subject, part, chosen, sides, data, training, generator)
     leading = [side for side in sides if side != "retain"]
-    drawn = draw(rows, leading, training=training, generator=generator)
+    drawn = draw(rows, leading, training=training, generator=generator, count=len(data.get("forget", [])))
     steps = len(drawn.steps)
     sampled = [_rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
     passes = [_pass(step) for step in sampled]

@@ -167,7 +167,7 @@ def changed(delta: Any, before: LanguageModel, data: dict[str, list[Row]]) -> An
     """The subject a delta leads to: other weights, or a guard around the same ones."""
     if delta.config is None:
         return delta.apply(before)
-    from .methods.guard.output_filter import GuardCase
+    from .methods.guard.case import GuardCase
 
     part = registry.get("methods", delta.config["name"])
     return part.function(GuardCase(before, data), **delta.config["settings"])
@@ -214,6 +214,9 @@ class _Job:
         self.progress = progress
         self.after = after
         self.golds = [load_subject(request, path) for path in request.gold]
+        from .audit import comparable
+
+        comparable(subject, self.golds)
         settings = request.model_dump(exclude={"name", "reason", "model", "gold", "data", "out", "device"})
         self.key = content_key(
             VERSION,

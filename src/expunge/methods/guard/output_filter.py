@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from ...registry import guard
-from ...rows import Row
 from ...tables.generations import Generations
 from ...tables.store import content_key
-
-
-@dataclass(frozen=True)
-class GuardCase:
-    """What a guard is put around, and the rows it is told about."""
-
-    subject: Any
-    rows: dict[str, list[Row]]
+from .case import GuardCase
 
 
 class Filtered:

@@ -82,15 +82,23 @@ class Drawn:
 
 
 def draw(
-    rows: dict[str, list[Encoded]], leading: Sequence[str], *, training: Training, generator: torch.Generator
+    rows: dict[str, list[Encoded]],
+    leading: Sequence[str],
+    *,
+    training: Training,
+    generator: torch.Generator,
+    count: int | None = None,
 ) -> Drawn:
     """Which rows every step sees.
 
     An epoch runs over the leading sides, which are aligned row by row (forget and its alternatives); a side with k
     times as many rows has another k-th of them for each epoch. One row of every other side (retain) is drawn beside
     each, all of them once before any comes again.
+
+    Args:
+        count: rows of an epoch; by default those of the smallest leading side.
     """
-    count = min(len(rows[side]) for side in leading)
+    count = min(len(rows[side]) for side in leading) if count is None else count
     per_epoch = math.ceil(count / training.batch_size) if count else 0
     total = training.steps if training.steps is not None else math.ceil(training.epochs * per_epoch)
     total = total if count else 0

@@ -64,7 +64,7 @@ def unlearn(
     sides = _sides(part, chosen)
     rows, held_out = _rows(subject, part, chosen, sides, data, training, generator)
     leading = [side for side in sides if side != "retain"]
-    drawn = draw(rows, leading, training=training, generator=generator)
+    drawn = draw(rows, leading, training=training, generator=generator, count=len(data.get("forget", [])))
     _needs(subject, part, chosen, drawn)
 
     working, parameters = _working_copy(subject, resolved)
