@@ -135,6 +135,7 @@ def test_activations_are_within_three_fifths_of_what_autograd_keeps(architecture
     name, settings = CONFIGS[architecture]
     wide = {"hidden_size": 128, "n_embd": 128, "intermediate_size": 320, "moe_intermediate_size": 64, "head_dim": 32}
     settings = {key: wide.get(key, value) for key, value in settings.items()}
+    torch.manual_seed(0)  # which experts are chosen changes what is kept
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings)).eval().to(dtype)
     subject = LanguageModel(model, tiny("llama")[1])
     resolved = resolve(scope, model)
