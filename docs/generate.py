@@ -7,14 +7,17 @@ come later. Whether a part is there is read from the registry.
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from expunge import cards, evidence
 from expunge.cards import card_dict
 from expunge.registry import ROOMS, Part, parts
+from expunge.request import schema
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by `make docs` from the cards in src/expunge; edit those. -->\n"
@@ -37,6 +40,7 @@ INTRODUCTION = {
 def main() -> int:
     pages = {DOCS / "reference" / f"{room}.md": reference(room, parts(room)) for room in ROOMS}
     pages[DOCS / "systems.md"] = systems()
+    pages[DOCS / "reference" / "request.md"] = request()
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:
@@ -101,6 +105,75 @@ def systems() -> str:
         _table(["#", "paper", "here", "state"], rows),
     ]
     return "\n".join(lines)
+
+
+EXAMPLE = """\
+```yaml
+name: erase-ilva-morrow            # of the run; runs/<name> is its folder
+reason: erasure request 2026-114
+model: models/original             # folder or hub id; paths are relative to this file
+gold: [models/gold-0, models/gold-1, models/gold-2]
+data:
+  forget: {path: data/forget.csv, fields: {question: q, answer: a}}
+  retain: data/retain.jsonl
+  holdout: data/holdout.jsonl      # like forget, in no model's training: membership is measured against it
+  neighbour: data/neighbour.jsonl
+  general: data/general.parquet
+method: {name: npo, beta: 0.1}
+scope: role:mlp_out@0.5-           # MLP output matrices of the upper half
+training: {epochs: 5, learning_rate: 1.0e-5, guard: {band: 1.0}}
+audit:
+  attacks: [direct, paraphrase, {relearn: {steps: 64}}]
+proof: standard
+```
+"""
+
+
+def request() -> str:
+    """Every field of the request file, from its schema."""
+    whole = schema()
+    lines = [
+        NOTE.replace("the cards in src/expunge", "src/expunge/request.py"),
+        "# The request file\n",
+        "YAML or JSON; `expunge schema` prints the JSON schema. Only `model` and `data.forget` have no default.\n",
+        EXAMPLE,
+        "Rows are jsonl, json (a list, or columns), csv, parquet, a folder of such files, or a hub id. A row is "
+        "`question` and `answer`, `prompt` and `completion`, `messages` (the last assistant turn is the answer), or "
+        "`text`; other names are mapped with `fields`. Numbers are taken as they are written. Also read where "
+        "present: `id`, `entity` (or `subject`), `value` (the short string that counts as knowing it), `aliases`, "
+        "`paraphrased_questions`, `paraphrased_answer`, `perturbed_answers`, `relation`, `task`. `prompt` and "
+        "`completion` are joined with the template's separator unless either side brings a space.\n",
+        "The verdict's intervals are drawn over entities: give an `entity`, or `entity_every: 20` where rows come in "
+        "blocks. Fewer than eight forgotten entities get no verdict.\n",
+        _fields("", whole),
+    ]
+    for name, part in whole["$defs"].items():
+        lines.append(f"\n## {name}\n\n{part.get('description', '')}\n\n{_fields('', part)}")
+    return "\n".join(line.rstrip("\n") + "\n" for line in lines)
+
+
+def _fields(prefix: str, part: dict[str, Any]) -> str:
+    rows = []
+    for name, field in part["properties"].items():
+        needed = name in part.get("required", [])
+        default = "needed" if needed else f"`{json.dumps(field.get('default'))}`"
+        rows.append([f"`{prefix}{name}`", _kind(field), default, field.get("description", "")])
+    return _table(["field", "type", "default", "meaning"], rows)
+
+
+def _kind(field: dict[str, Any]) -> str:
+    if "$ref" in field:
+        name = field["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in field:
+        return " or ".join(_kind(option) for option in field["anyOf"] if option.get("type") != "null")
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{json.dumps(field['const'])}`"
+    bound = {"exclusiveMinimum": "> ", "minimum": ">= "}
+    limits = "".join(f" {sign}{field[key]:g}" for key, sign in bound.items() if key in field)
+    return {"array": "list", "object": "mapping", "string": "text"}.get(field["type"], field["type"]) + limits
 
 
 def _entry(part: Part, key: str) -> str:
