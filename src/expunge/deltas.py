@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import DeltaError, MismatchError
-from .files import complete_folder
+from .files import complete_folder, save_tensors
 from .subjects.language import LanguageModel
 
 FORMAT = 1
@@ -158,11 +158,9 @@ class Delta:
 
     def save(self, folder: str | Path) -> None:
         """Write delta.safetensors and delta.json; the folder appears when complete."""
-        from safetensors.torch import save_file
-
         tensors = {f"{name}::{key}": t.contiguous() for name, entry in self.entries.items() for key, t in entry.items()}
         with complete_folder(Path(folder)) as partial:
-            save_file(tensors, partial / "delta.safetensors")
+            save_tensors(tensors, partial / "delta.safetensors")
             about = {
                 "format": FORMAT,
                 "kind": self.kind,

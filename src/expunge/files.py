@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import OutputError
 
@@ -33,6 +34,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
         raise OutputError(f"cannot write {path}: {error.strerror or error}. Choose another place with --out.") from None
+
+
+def save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OutputError: the place cannot be written (read-only, full disk).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"cannot write {path.parent}: {error}. Choose another place with --out.") from None
 
 
 @contextmanager

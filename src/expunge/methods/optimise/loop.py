@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RequestError, TrainingError
-from ...files import complete_folder
+from ...files import complete_folder, save_tensors
 from ...subjects.language import LanguageModel, Progress
 from ...subjects.packed import Encoded, batches, pack
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob
@@ -400,6 +400,8 @@ def train(
             for master, values in zip(masters, best):
                 master.copy_(values)
         _write_back(parameters, masters)
+    if progress and log.stopped_by_guard:
+        progress(total, total)
     log.seconds = before + time.monotonic() - began
     return log
 
@@ -439,8 +441,6 @@ def _save(
     best: list[Tensor] | None,
     outside: int,
 ) -> None:
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     for i, master in enumerate(masters):
         tensors[f"value.{i}"] = master.detach().contiguous()
@@ -449,7 +449,7 @@ def _save(
         if best is not None:
             tensors[f"best.{i}"] = best[i].contiguous()
     with complete_folder(folder) as partial:
-        save_file(tensors, partial / "tensors.safetensors")
+        save_tensors(tensors, partial / "tensors.safetensors")
         state = {"key": key, "step": step, "outside": outside, "log": asdict(log)}
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
