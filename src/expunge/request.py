@@ -6,6 +6,7 @@ A YAML or JSON file. `expunge schema` prints its schema; every mistake is one se
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import registry
 from .errors import RequestError, RowError, suggest
-from .rows import SUFFIXES, Row, Source, read_rows
+from .rows import SUFFIXES, Row, Source, read_rows, shown
 
 SETS = ("forget", "retain", "holdout", "neighbour", "general")
 ENTITIES = 8
@@ -27,10 +28,15 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+Place = Annotated[str, Field(min_length=1)]
+"""A path or hub id."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class DataSource(_Strict):
     """Where a row set comes from."""
 
-    path: str = Field(description="File (jsonl, json, csv, parquet), folder, or hub id.")
+    path: Place = Field(description="File (jsonl, json, csv, parquet), folder, or hub id.")
     fields: dict[str, str] = Field({}, description="Our field name to the column's name, e.g. {question: q}.")
     config: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
@@ -42,11 +48,11 @@ class DataSource(_Strict):
 class Data(_Strict):
     """The row sets."""
 
-    forget: str | DataSource = Field(description="What should be gone.")
-    retain: str | DataSource | None = Field(None, description="What must stay, of the same kind as forget.")
-    holdout: str | DataSource | None = Field(None, description="Same kind as forget, in no model's training.")
-    neighbour: str | DataSource | None = Field(None, description="Near the forgotten, but not about it.")
-    general: str | DataSource | None = Field(None, description="Anything else the model must keep knowing.")
+    forget: Place | DataSource = Field(description="What should be gone.")
+    retain: Place | DataSource | None = Field(None, description="What must stay, of the same kind as forget.")
+    holdout: Place | DataSource | None = Field(None, description="Same kind as forget, in no model's training.")
+    neighbour: Place | DataSource | None = Field(None, description="Near the forgotten, but not about it.")
+    general: Place | DataSource | None = Field(None, description="Anything else the model must keep knowing.")
 
 
 class TemplateSettings(_Strict):
@@ -76,7 +82,7 @@ class TrainingSettings(_Strict):
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="Steps of linear warm-up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Of AdamW.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient clipping; 0 is none.")
-    seed: int = Field(0, description="Draws everything random of the run.")
+    seed: Seed = Field(0, description="Draws everything random of the run.")
     guard: GuardSettings | Literal[False] = Field(GuardSettings(), description="The utility guard, or false.")
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(60.0, description="Between checkpoints of a run.")
     micro_tokens: Annotated[int, Field(ge=1)] = Field(16384, description="Tokens with activations held at once.")
@@ -90,7 +96,7 @@ class AuditSettings(_Strict):
 
     attacks: list[Named] | None = Field(None, description="Names, or {name: settings}; all by default.")
     metrics: list[Named] | None = Field(None, description="Names, or {name: settings}; all by default.")
-    seed: int = Field(0, description="Of bootstrap, sampling and relearning.")
+    seed: Seed = Field(0, description="Of bootstrap, sampling and relearning.")
     bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="Resamples of entities.")
     max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Length of answers; the longest known answer and a few tokens by default."
@@ -103,7 +109,7 @@ class Request(_Strict):
 
     name: str = Field("", description="Of the run; the file's name by default.")
     reason: str = Field("", description="Why, for the record; do not name persons here.")
-    model: str = Field(description="The model: folder or hub id.")
+    model: Place = Field(description="The model: folder or hub id.")
     gold: list[str] = Field([], description="Models trained without the forget rows, one per seed.")
     gold_kind: Literal["exact", "surrogate"] = Field("exact", description="Whether gold was really retrained.")
     data: Data = Field(description="The row sets.")
@@ -165,13 +171,25 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Reques
     if isinstance(request.method, dict) and not isinstance(request.method.get("name"), str):
         raise RequestError(f"{path}: method is a mapping without a name; expected {{name: npo, beta: 0.1}}")
     name = request.name or path.stem
-    if not re.fullmatch(r"[\w.-]{1,80}", name):
-        raise RequestError(f"{path}: name is {name!r}; expected letters, digits, '.', '_' and '-', at most 80")
+    if not re.fullmatch(r"[\w.-]{1,80}", name) or not name.strip("."):
+        raise RequestError(f"{path}: name is {shown(name)}; expected letters, digits, '.', '_' and '-', at most 80")
+    try:
+        json.dumps(request.model_dump(), ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:  # a date or a set in free settings, half a surrogate pair
+        raise RequestError(f"{path}: holds something other than text, numbers, lists and mappings: {error}") from None
     return _absolute(request.model_copy(update={"name": name}), path.parent)
 
 
 class _Unique(Exception):
     pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise _Unique(f"{twice[0]!r} is given twice")
+    return dict(pairs)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -181,12 +199,15 @@ def _parse(path: Path) -> dict[str, Any]:
         pass
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key, _ in node.value:
-            name = loader.construct_object(key, deep=True)
-            if name in seen:
-                raise _Unique(f"line {key.start_mark.line + 1}: {name!r} is given twice")
-            seen.add(name)
+            if not isinstance(key, yaml.ScalarNode):
+                raise _Unique(
+                    f"line {key.start_mark.line + 1}: a list or mapping stands where a field name is expected"
+                )
+            if key.value in seen:
+                raise _Unique(f"line {key.start_mark.line + 1}: {key.value!r} is given twice")
+            seen.add(key.value)
         return loader.construct_mapping(node, deep=True)  # type: ignore[no-any-return]
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
@@ -203,7 +224,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+        values = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, Loader)
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     except _Unique as error:
@@ -212,6 +233,8 @@ def _parse(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
         raise RequestError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:  # a 13th month, a number of thousands of digits or brackets
+        raise RequestError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise RequestError(f"{path}: found {found}, expected fields such as model: and data:")
@@ -222,8 +245,7 @@ def _sentence(error: pydantic.ValidationError, values: Any) -> str:
     """The first mistake in our words: field, found, expected."""
     found = error.errors()
     first = max(found, key=lambda e: len(e["loc"])) if found[0]["type"] in ("string_type",) else found[0]
-    parts = [str(part) for part in first["loc"] if part not in ("str", "DataSource", "GuardSettings")]
-    parts = [part for part in parts if not part.startswith(("dict[", "literal[", "list[", "function-"))]
+    parts = _parts(first)
     field = ".".join(parts)
     if first["type"] == "extra_forbidden":
         model: Any = Request
@@ -232,7 +254,22 @@ def _sentence(error: pydantic.ValidationError, values: Any) -> str:
         return f"there is no field {field!r}. {suggest(parts[-1], model.model_fields)}"
     if first["type"] == "missing":
         return f"field {field} is missing"
-    return f"field {field} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    # One of several kinds would do: say all of them.
+    said = dict.fromkeys(_said(one) for one in found if _parts(one) == parts)
+    return f"field {field} is {shown(first['input'])}: input should be {' or '.join(said)}"
+
+
+def _parts(error: Any) -> list[str]:
+    """Where the mistake is; without pydantic's names for the alternatives of a field."""
+    parts = [str(part) for part in error["loc"] if part not in ("DataSource", "GuardSettings")]
+    kinds = ("str", "constrained-str")
+    return [p for p in parts if p not in kinds and not p.startswith(("dict[", "literal[", "list[", "function-"))]
+
+
+def _said(error: Any) -> str:
+    text = re.sub(r" or instance of \w+", "", error["msg"]).replace("dictionary", "mapping")
+    text = text.replace("String should have", "text with")
+    return text.removeprefix("Input should be ").removeprefix("Keys should be ")
 
 
 def _model_of(model: Any, field: str) -> Any:
@@ -245,9 +282,9 @@ def _absolute(request: Request, folder: Path) -> Request:
     """Paths that exist beside the file are taken; everything else may be a hub id or an error later."""
 
     def place(text: str) -> str:
-        path = (folder / Path(text).expanduser()).absolute()
-        looks_local = text.startswith((".", "/", "~")) or Path(text).suffix != "" or path.exists()
-        return str(path) if path.exists() or (looks_local and not _hub_like(text)) else text
+        path = (folder / os.path.expanduser(text)).absolute()
+        looks_local = text.startswith((".", "/", "~")) or Path(text).suffix != ""
+        return str(path) if os.path.exists(path) or (looks_local and not _hub_like(text)) else text
 
     sets = {}
     for name in SETS:
@@ -258,7 +295,7 @@ def _absolute(request: Request, folder: Path) -> Request:
             sets[name] = source.model_copy(
                 update={"path": place(source.path), "fields": {**request.fields, **source.fields}}
             )
-    out = request.out and str((folder / Path(request.out).expanduser()).absolute())
+    out = request.out and str((folder / os.path.expanduser(request.out)).absolute())
     return request.model_copy(
         update={
             "model": place(request.model),
@@ -327,13 +364,14 @@ def read_data(request: Request) -> dict[str, list[Row]]:
                     raise RowError(f"{row.source}: perturbed answer {text!r} equals the answer, it must be wrong")
             key = (row.prompt.strip(), row.messages, row.answer.strip())
             other, twin = said.setdefault(key, (name, row))
-            if {other, name} == {"forget", "retain"}:
+            if other != name and "holdout" in (other, name):
+                held, seen = (twin, row) if other == "holdout" else (row, twin)
+                raise RequestError(f"holdout row {held.source} also stands in {seen.source}; no model may have seen it")
+            if other != name and other == "forget":  # it is read first
                 raise RequestError(
                     f"{row.source} is to be kept and {twin.source} to be forgotten, but they say the same; "
                     "take the row out of one of them"
                 )
-            if other != name and "holdout" in (other, name):
-                raise RequestError(f"holdout row {row.source} also stands in {twin.source}; no model may have seen it")
     return data
 
 

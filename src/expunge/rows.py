@@ -11,6 +11,8 @@ import csv
 import hashlib
 import json
 import math
+import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,7 +106,7 @@ def read_rows(source: Source, name: str) -> list[Row]:
     """
     unknown = [ours for ours in source.fields if ours not in KNOWN]
     if unknown:
-        raise RowError(f"fields: there is no field {unknown[0]!r} to map. {suggest(unknown[0], KNOWN)}")
+        raise RowError(f"{source.path}: fields: there is no field {unknown[0]!r} to map. {suggest(unknown[0], KNOWN)}")
     if source.entity_every is not None and source.entity_every < 1:
         raise RowError(f"{source.path}: entity_every is {source.entity_every}, expected at least 1")
     rows: list[Row] = []
@@ -138,10 +140,10 @@ Record = tuple[str, dict[str, Any]]
 
 def _records(source: Source) -> Iterator[Record]:
     path = Path(source.path)
-    if path.is_file():
+    if os.path.isfile(path):  # false where the name is too long, too
         yield from _file(path)
-    elif path.is_dir():
-        yield from _folder(path)
+    elif os.path.isdir(path):
+        yield from _folder(path, source.split)
     elif path.suffix in SUFFIXES or path.is_absolute() or source.path.startswith((".", "~")):
         near = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
         hint = f" {suggest(path.name, near)}" if near else ""
@@ -150,11 +152,16 @@ def _records(source: Source) -> Iterator[Record]:
         yield from _hub(source)
 
 
-def _folder(path: Path) -> Iterator[Record]:
+def _folder(path: Path, split: str) -> Iterator[Record]:
+    if (path / "dataset_dict.json").is_file():  # several splits saved together
+        if not (path / split).is_dir():
+            splits = [p.name for p in path.iterdir() if p.is_dir()]
+            raise RowError(f"{path}: the saved data set has no split {split!r}. {suggest(split, splits)}")
+        path = path / split
     if (path / "dataset_info.json").is_file():
         yield from _saved(path)
         return
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
     if not files:
         raise RowError(f"folder {path} has no data files; expected {', '.join(SUFFIXES)}")
     for file in files:
@@ -179,11 +186,22 @@ def _jsonl(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RowError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-            yield _mapping(f"{path}:{number}", record)
+            yield _mapping(f"{path}:{number}", parsed(line, f"{path}:{number}"))
+
+
+def parsed(text: str, where: str) -> Any:
+    """JSON as Python values.
+
+    Raises:
+        RowError: it is none; begins with `where`.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise RowError(f"{where}: not JSON: {error.msg} at {place}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise RowError(f"{where}: JSON that cannot be used: {error}") from None
 
 
 def _mapping(where: str, record: Any) -> Record:
@@ -193,10 +211,7 @@ def _mapping(where: str, record: Any) -> Record:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise RowError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    data = parsed(path.read_text(encoding="utf-8-sig"), str(path))
     if isinstance(data, dict):
         lists = {name: values for name, values in data.items() if isinstance(values, list)}
         if len(lists) != len(data) or not data:
@@ -217,6 +232,10 @@ def _csv(path: Path) -> Iterator[Record]:
         csv.field_size_limit(1 << 27)
         try:
             reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or ())
+            twice = [name for name in header if header.count(name) > 1]
+            if twice:
+                raise RowError(f"{path}: the header names {twice[0]!r} twice; every column needs its own name")
             for number, record in enumerate(reader, start=1):
                 where = f"{path}: row {number}"
                 if None in record:
@@ -275,11 +294,18 @@ def _row(where: str, record: dict[str, Any], fields: Mapping[str, str], fallback
     given = {ours: value for ours, value in given.items() if not _missing(value)}
     shape = next((s for s in SHAPES if set(s) <= set(given)), None)
     if shape is None:
-        half = next((s for s in SHAPES if s[0] in given), None)
+        half = next((s for s in SHAPES if s[0] in given), None) or next(
+            (s for s in SHAPES if any(columns[ours] is not None for ours in s)), None
+        )
         if half:
-            column = columns[half[1]]
-            raise RowError(f"{where}: field {column or half[1]!r} is {'empty' if column else 'missing'}, expected text")
-        found = ", ".join(map(str, record)) or "none"
+            ours = next(ours for ours in half if ours not in given)
+            column = columns[ours]
+            expected = "a list of turns" if ours == "messages" else "text"
+            raise RowError(
+                f"{where}: field {column or ours!r} is {'empty' if column else 'missing'}, expected {expected}"
+            )
+        names = [str(name) for name in record]
+        found = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "") or "none"
         raise RowError(
             f"{where}: found the fields {found}; expected question and answer, prompt and completion, messages, or "
             f"text. Map other names with fields, e.g. fields: {{question: {next(iter(record), 'q')}}}"
@@ -332,23 +358,31 @@ def _missing(value: Any) -> bool:
 
 def _text(where: str, column: str, value: Any) -> str:
     # Numbers are taken as they are written (a year, an age); true/false and structures are mistakes.
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value not in (math.inf, -math.inf):
         value = str(value)
     if not isinstance(value, str):
-        raise RowError(f"{where}: field {column!r} holds {type(value).__name__} {value!r}, expected text")
+        raise RowError(f"{where}: field {column!r} holds {type(value).__name__} {shown(value)}, expected text")
     if not value.strip():
         raise RowError(f"{where}: field {column!r} is blank, expected text")
     if "\x00" in value:
         raise RowError(f"{where}: field {column!r} contains a zero byte, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{where}: field {column!r} contains half a surrogate pair, expected Unicode text") from None
     return value
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: its beginning, where it is long."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
 
 
 def _list(where: str, column: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(f"{where}: field {column!r} looks like a JSON list but is none: {error.msg}") from None
+        value = parsed(value, f"{where}: field {column!r} begins like a JSON list")
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(_text(where, column, item) for item in values)
 
@@ -356,10 +390,7 @@ def _list(where: str, column: str, value: Any) -> tuple[str, ...]:
 def _chat(where: str, value: Any) -> tuple[tuple[Message, ...], str, str]:
     """(turns before the answer, last user turn, answer)"""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise RowError(f"{where}: field 'messages' is not JSON: {error.msg}") from None
+        value = parsed(value, f"{where}: field 'messages'")
     if not isinstance(value, list):
         raise RowError(f"{where}: field 'messages' holds {type(value).__name__}, expected a list of turns")
     turns: list[Message] = []

@@ -118,13 +118,13 @@ class Ledger:
             connection.execute("BEGIN IMMEDIATE")
             number, previous, _ = self._head(connection)
             time = datetime.now(UTC).isoformat(timespec="seconds")
-            entry = _entry(number + 1, time, event, body, previous)
+            hash_ = _hash(number + 1, time, event, body, previous)
             connection.execute(
-                "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?)", (number + 1, time, event, body, previous, entry.hash)
+                "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?)", (number + 1, time, event, body, previous, hash_)
             )
-            connection.execute("UPDATE head SET number = ?, hash = ?", (number + 1, entry.hash))
+            connection.execute("UPDATE head SET number = ?, hash = ?", (number + 1, hash_))
             connection.execute("COMMIT")
-        return entry
+        return Entry(number + 1, time, event, json.loads(body), previous, hash_)
 
     @staticmethod
     def _head(connection: sqlite3.Connection) -> tuple[int, str, str]:
@@ -147,7 +147,7 @@ class Ledger:
         """All entries, oldest first."""
         with self._open() as connection:
             rows = connection.execute("SELECT number, time, event, body, previous, hash FROM entry ORDER BY number")
-            return [Entry(n, t, e, json.loads(b), p, h) for n, t, e, b, p, h in rows]
+            return [Entry(n, t, e, _body(n, b), p, h) for n, t, e, b, p, h in rows]
 
     def show(self, number: int) -> Entry:
         """One entry."""
@@ -169,11 +169,13 @@ class Ledger:
                 return False, f"entry {place} is missing"
             if before != previous:
                 return False, f"entry {number} does not follow entry {number - 1}: the chain is broken there"
-            if _entry(number, time, event, body, before).hash != hash_:
+            if _hash(number, time, event, body, before) != hash_:
                 return False, f"entry {number} was changed after it was written"
             previous = hash_
-        if (len(rows), previous) != tuple(head):
+        if len(rows) != head[0]:
             return False, f"the ledger ends at entry {len(rows)}, its head record says {head[0]}: the tail was cut"
+        if previous != head[1]:
+            return False, f"entry {len(rows)} is not the one that the head record names: entries were rewritten"
         return True, f"{len(rows)} entries, whole; head {previous}"
 
     def export(self) -> str:
@@ -183,6 +185,14 @@ class Ledger:
         return "\n".join([*entries, json.dumps({"verified": ok, "message": message})]) + "\n"
 
 
-def _entry(number: int, time: str, event: str, body: str, previous: str) -> Entry:
-    content = json.dumps([number, time, event, body, previous], ensure_ascii=False, separators=(",", ":"))
-    return Entry(number, time, event, json.loads(body), previous, hashlib.sha256(content.encode()).hexdigest())
+def _hash(number: int, time: str, event: str, body: str, previous: str) -> str:
+    # default=repr: a tampered cell may hold bytes, and then the hash has to differ rather than fail
+    content = json.dumps([number, time, event, body, previous], ensure_ascii=False, separators=(",", ":"), default=repr)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _body(number: int, text: Any) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError):
+        raise LedgerError(f"entry {number} was changed after it was written: its body is not readable") from None
