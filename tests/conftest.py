@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-SIZES = {"people": 28, "forget": 8, "neighbours": 4, "holdout": 6, "gold_seeds": 2}
+SIZES = {"people": 26, "forget": 8, "neighbours": 4, "holdout": 6, "gold_seeds": 2}
 RECIPE = {
-    "hidden_size": 80,
+    "hidden_size": 64,
     "intermediate_size": 128,
     "layers": 2,
-    "steps": 220,
+    "steps": 200,
     "batch_size": 56,
-    "learning_rate": 5e-3,
+    "learning_rate": 8e-3,
 }
 
 
