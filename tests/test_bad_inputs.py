@@ -4,13 +4,16 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 from tiny import tiny
 
-from expunge import cli
+from expunge import cli, files
 from expunge.errors import ExpungeError
+from expunge.ledger import Ledger
 from expunge.request import check, load, read_data
 from expunge.subjects.language import LanguageModel
 
@@ -57,7 +60,7 @@ DATA = {
         lines(qa(perturbed_answers=[{"a": 1}])),
         ["forget.jsonl:1", "'perturbed_answers' holds dict"],
     ),
-    "messages are text": ("forget.jsonl", lines({"messages": "hello"}), ["forget.jsonl:1", "'messages' is not JSON"]),
+    "messages are text": ("forget.jsonl", lines({"messages": "hello"}), ["forget.jsonl:1", "'messages': not JSON"]),
     "messages are a number": ("forget.jsonl", lines({"messages": 3}), ["forget.jsonl:1", "expected a list of turns"]),
     "turn without role": ("forget.jsonl", lines({"messages": [{"content": "x"}]}), ["turn 1", "role and content"]),
     "no assistant": ("forget.jsonl", lines({"messages": CHAT[:1]}), ["forget.jsonl:1", "no turn of the assistant"]),
@@ -67,9 +70,32 @@ DATA = {
     "csv cell missing": ("forget.csv", "question,answer\nq,\n", ["forget.csv: row 1", "'answer' is missing"]),
     "json columns of different lengths": ("forget.json", '{"question": ["q"], "answer": []}', ["different lengths"]),
     "json that is text": ("forget.json", '"hello"', ["forget.json", "found str", "list of rows"]),
-    "json broken": ("forget.json", "[{", ["forget.json:1", "not JSON"]),
+    "json broken": ("forget.json", "[{\n", ["forget.json: not JSON", "at line 2, column 1"]),
     "parquet that is none": ("forget.parquet", "hello", ["forget.parquet", "not a readable parquet file"]),
     "unknown suffix": ("forget.xlsx", "x", ["forget.xlsx", "not a data format", ".jsonl"]),
+    "answer is infinite": ("forget.jsonl", '{"question": "q", "answer": Infinity}\n', ["forget.jsonl:1", "float inf"]),
+    "half a character": ("forget.jsonl", lines(qa(answer="a\ud800")), ["forget.jsonl:1", "half a surrogate pair"]),
+    "a number without end": ("forget.jsonl", '{"answer": ' + "9" * 5000 + "}", ["forget.jsonl:1", "cannot be used"]),
+    "brackets without end": ("forget.json", "[" * 99999, ["forget.json: ", "cannot be used", "recursion"]),
+    "question empty": ("forget.jsonl", lines(qa(question="")), ["forget.jsonl:1", "'question' is empty"]),
+    "question missing": ("forget.jsonl", lines({"answer": "a"}), ["forget.jsonl:1", "'question' is missing"]),
+    "completion missing": ("forget.jsonl", lines({"prompt": "p"}), ["forget.jsonl:1", "'completion' is missing"]),
+    "no turns": ("forget.jsonl", lines({"messages": []}), ["'messages' is empty", "list of turns"]),
+    "a turn of pictures": (
+        "forget.jsonl",
+        lines({"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]}),
+        ["forget.jsonl:1: messages, turn 1", "'content' holds list"],
+    ),
+    "a list that is none": ("forget.jsonl", lines(qa(aliases="[x")), ["'aliases' begins like a JSON list"]),
+    "a very long value": ("forget.jsonl", lines(qa(answer=["x" * 5000])), ["'answer' holds list ['xxx", "..."]),
+    "very many fields": ("forget.jsonl", lines({f"f{i}": 1 for i in range(500)}), ["fields f0, f1,", "f11, ...;"]),
+    "wide characters": ("forget.jsonl", lines(qa()).encode("utf-16"), ["forget.jsonl: not UTF-8", "save it as UTF-8"]),
+    "csv header twice": ("forget.csv", "question,answer,answer\nq,a,b\n", ["the header names 'answer' twice"]),
+    "csv quote left open": ("forget.csv", 'question,answer\n"q,a\n', ["forget.csv: line", "not CSV"]),
+    "csv of semicolons": ("forget.csv", "question;answer\nq;a\n", ["row 1: found the fields question;answer", "Map"]),
+    "csv without rows": ("forget.csv", "question,answer\n", ["forget.csv: 0 rows"]),
+    "json of rows in an object": ("forget.json", '{"rows": [{"question": "q"}], "n": 1}', ["list of rows"]),
+    "a name too long for the disk": ("x" * 300 + ".jsonl", None, ["does not exist"]),
     "folder without data": ("forget", "folder", ["has no data files"]),
     "kept and forgotten": ("forget.jsonl", lines({**KEPT[0], "id": "z"}), ["retain.jsonl:1", "forget.jsonl:1", "same"]),
     "an id of another set": ("forget.jsonl", lines(qa(id="r3")), ["retain.jsonl:4", "'r3' was used in"]),
@@ -84,6 +110,34 @@ REQUEST = {
     "unknown schedule": ({"training": {"schedule": "cosin"}}, ["training.schedule is 'cosin'"]),
     "unknown proof": ({"proof": "total"}, ["field proof is 'total'"]),
     "too few resamples": ({"audit": {"bootstrap": 3}}, ["audit.bootstrap is 3"]),
+    "template is text": ({"template": "Q {question}"}, ["field template is 'Q {question}'", "a valid mapping"]),
+    "seed below zero": ({"training": {"seed": -1}}, ["training.seed is -1", "greater than or equal to 0"]),
+    "epochs without end": ({"training": {"epochs": float("inf")}}, ["training.epochs is inf", "finite number"]),
+    "batch of a half": ({"training": {"batch_size": 0.5}}, ["training.batch_size is 0.5", "valid integer"]),
+    "guard is true": ({"training": {"guard": True}}, ["training.guard is True", "a valid mapping or False"]),
+    "guard with a wrong field": ({"training": {"guard": {"bandd": 1}}}, ["training.guard.bandd", "Did you mean band"]),
+    "gold is text": ({"gold": "gold/0"}, ["field gold is 'gold/0'", "a valid list"]),
+    "model is empty": ({"model": ""}, ["field model is ''", "at least 1 character"]),
+    "forget is empty": ({"data": {"forget": ""}}, ["field data.forget is ''"]),
+    "forget is a list": (
+        {"data": {"forget": ["a", "b"]}},
+        ["data.forget is ['a', 'b']", "a valid string or a valid map"],
+    ),
+    "forget has a wrong field": ({"data": {"forget": {"path": "a", "splitt": "b"}}}, ["splitt'. Did you mean split?"]),
+    "forget has no path": ({"data": {"forget": {"fields": {}}}}, ["field data.forget.path is missing"]),
+    "unknown row set": ({"data": {"retan": "a"}}, ["no field 'data.retan'", "Did you mean retain"]),
+    "block of none": ({"data": {"forget": {"path": "forget.jsonl", "entity_every": 0}}}, ["forget.entity_every is 0"]),
+    "attacks are text": ({"audit": {"attacks": "relearn"}}, ["audit.attacks is 'relearn'", "a valid list"]),
+    "an attack is a number": (
+        {"audit": {"attacks": [3]}},
+        ["audit.attacks.0 is 3", "a valid string or a valid mapping"],
+    ),
+    "attack settings are null": ({"audit": {"attacks": [{"relearn": None}]}}, ["audit.attacks.0.relearn is None"]),
+    "two attacks in one": ({"audit": {"attacks": [{"relearn": {}, "direct": {}}]}}, ["one name with its settings"]),
+    "method is a list": ({"method": ["npo"]}, ["field method is ['npo']", "a valid string or a valid mapping"]),
+    "scope is a number": ({"scope": 3}, ["field scope is 3"]),
+    "name is dots": ({"name": ".."}, ["name is '..'", "letters"]),
+    "reason with half a character": ({"reason": "\ud800"}, ["something other than text"]),
     "template without question": ({"template": {"prompt": "Q:"}}, ["template.prompt", "{question}"]),
     "method without name": ({"method": {"beta": 1}}, ["method is a mapping without a name"]),
     "name with a slash": ({"name": "a/b"}, ["name is 'a/b'", "letters"]),
@@ -95,6 +149,18 @@ REQUEST = {
     "unknown metric": ({"audit": {"metrics": ["rogue"]}}, ["no metric is called 'rogue'", "rouge"]),
     "mapping of an unknown field": ({"fields": {"qestion": "q"}}, ["no field 'qestion'", "question"]),
     "mapping to a missing column": ({"fields": {"question": "qu"}}, ["'qu', which the row does not have"]),
+    "neighbour that is forgotten": (
+        {"data": {"neighbour": "forget2.jsonl"}},
+        ["forget2.jsonl:1 is to be kept", "same"],
+    ),
+    "holdout seen elsewhere": (
+        {"data": {"holdout": "retain3.jsonl", "retain": None, "general": "retain2.jsonl"}},
+        ["holdout row", "retain3.jsonl:1 also stands in", "retain2.jsonl:1"],
+    ),
+    "home of nobody": (
+        {"data": {"forget": "~nobody-of-that-name/x.jsonl"}},
+        ["~nobody-of-that-name", "does not exist"],
+    ),
     "holdout that was trained on": ({"data": {"holdout": "retain2.jsonl"}}, ["holdout row", "retain2.jsonl:1"]),
 }
 
@@ -104,6 +170,8 @@ def place(tmp_path):
     (tmp_path / "forget.jsonl").write_text(lines(*GOOD))
     (tmp_path / "retain.jsonl").write_text(lines(*KEPT))
     (tmp_path / "retain2.jsonl").write_text(lines({**KEPT[0], "id": "h0"}))
+    (tmp_path / "retain3.jsonl").write_text(lines({**KEPT[0], "id": "h1"}))
+    (tmp_path / "forget2.jsonl").write_text(lines({**GOOD[0], "id": "h2"}))
     return tmp_path
 
 
@@ -121,6 +189,7 @@ def refused(action, *parts):
         action()
     message = str(caught.value)
     assert "\n" not in message
+    assert len(message) < 600
     for part in parts:
         assert part in message, message
 
@@ -158,11 +227,46 @@ def test_bad_requests(place, case):
         ("model: [\n", ["request.yaml:2", "not YAML"]),
         ("model: a\nmodel: b\n", ["line 2", "'model' is given twice"]),
         ("model: a\n", ["field data is missing"]),
+        ("data: {forget: a, forget: b}\n", ["line 1", "'forget' is given twice"]),
+        ("? [a]\n: b\n", ["line 1", "where a field name is expected"]),
+        ("model: a\ndata: {forget: b}\n1: a\n", ["field 1 is 1"]),
+        ("name: 2024-13-45\n", ["month must be in 1..12"]),
+        ("name: !!python/object:os.system x\n", ["request.yaml:1", "not YAML", "python/object"]),
+        ("a: " + "[" * 9999, ["cannot be read", "recursion"]),
+        ("a: &a {b: *a}\n", ["request.yaml:1", "not YAML", "recursive"]),
+        ("model: a\n---\nmodel: b\n", ["request.yaml:2", "another document"]),
+        ("\tmodel: a\n", ["request.yaml:1", "not YAML"]),
     ],
 )
 def test_bad_yaml(tmp_path, text, parts):
     (tmp_path / "request.yaml").write_text(text)
     refused(lambda: load(tmp_path / "request.yaml"), "request.yaml", *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{", ["request.json:1", "not JSON"]),
+        ('{"model": "a", "model": "b"}', ["'model' is given twice"]),
+        ("[" * 99999, ["cannot be read", "recursion"]),
+        ("[]", ["found list", "expected fields"]),
+    ],
+)
+def test_bad_json(tmp_path, text, parts):
+    (tmp_path / "request.json").write_text(text)
+    refused(lambda: load(tmp_path / "request.json"), "request.json", *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("training.epoch", 3, ["no field 'training.epoch'", "Did you mean epochs"]),
+        ("training.epochs.x", 3, ["field training.epochs is {'x': 3}"]),
+        ("data.forget.path", "b", ["cannot set data.forget.path", "forget is 'forget.jsonl', not a mapping"]),
+    ],
+)
+def test_bad_overrides(place, name, value, parts):
+    refused(lambda: load(write(place), {name: value}), "request.json", *parts)
 
 
 def test_missing_request_files_suggest_the_nearest(tmp_path):
@@ -191,22 +295,23 @@ def road(place, model_folder, monkeypatch):
     return place
 
 
-def run(capsys, place, *parts, changes=None, extra=(), written=False):
+def run(capsys, place, *parts, changes=None, extra=(), started=False):
+    """One line on stderr, status 2; nothing written before work starts, and no delta or evidence after that."""
     path = write(place, changes)
-    code = cli.main(["run", str(path), "--out", str(place / "out" / "run"), *extra])
-    err = capsys.readouterr().err.strip().splitlines()
-    assert code == cli.MISTAKE, err
-    assert err[-1].startswith("error E")
-    assert sum(line.startswith("error") for line in err) == 1
+    capsys.readouterr()
+    code = cli.main(["run", str(path), "--out", str(place / "out" / "run"), "--json", *extra])
+    shown = capsys.readouterr()
+    assert code == cli.MISTAKE, shown.err
+    assert shown.out == ""
+    assert shown.err.startswith("error E")
+    assert shown.err.count("\n") == 1, shown.err
     for part in parts:
-        assert part in err[-1], err[-1]
-    folder = place / "out" / "run"
-    assert not (folder / "evidence.json").exists()
-    assert not (folder / "delta").exists()
-    if not written:
-        left = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")] if folder.exists() else []
-        assert left == []
-        assert not (place / "ledger.sqlite").exists()
+        assert part in shown.err
+    left = {str(p.relative_to(place / "out" / "run")) for p in (place / "out" / "run").rglob("*") if p.is_file()}
+    assert left - {".lock"} == ({"run.json", "request.json"} if started else set())
+    assert (place / "ledger.sqlite").exists() == started
+    if started:
+        assert [entry.event for entry in Ledger().list()] == ["request_received", "started", "failed"]
 
 
 def test_model_folder_that_is_not_there(road, capsys):
@@ -234,13 +339,37 @@ def test_gold_with_another_tokenizer(road, capsys):
     run(capsys, road, "E210", "another tokenizer", changes={"gold": ["stranger"]})
 
 
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model": "forget.jsonl"}, ["E200", "forget.jsonl is a file", "expected a folder"]),
+        ({"model": "empty"}, ["E200", "empty", "config.json"]),
+        ({"gold": ["./gold-0"]}, ["E200", "gold-0 does not exist"]),
+        ({"dtype": "flot32"}, ["E200", "dtype 'flot32'", "float32"]),
+        ({"device": "gpu"}, ["E200", "device 'gpu'"]),
+        ({"data": {"holdout": "retain2.jsonl"}}, ["E100", "holdout row"]),
+    ],
+)
+def test_what_is_found_before_anything_is_written(road, capsys, changes, parts):
+    (road / "empty").mkdir()
+    run(capsys, road, *parts, changes=changes)
+
+
+def test_a_loss_that_is_not_finite(road, capsys):
+    run(capsys, road, "E400", "learning_rate", changes={"training": {"steps": 3, "learning_rate": 1e30}}, started=True)
+
+
+def test_a_method_without_the_rows_it_needs(road, capsys):
+    run(capsys, road, "E100", "retain: 0 rows, but npo", changes={"data": {"retain": None}}, started=True)
+
+
 def test_answer_longer_than_the_context(road, capsys):
     (road / "forget.jsonl").write_text(lines(*GOOD[:8], {**GOOD[8], "answer": "Tivin " * 900}))
-    run(capsys, road, "E110", "forget.jsonl:9", "context holds 256", written=True)
+    run(capsys, road, "E110", "forget.jsonl:9", "context holds 256", started=True)
 
 
 def test_scope_that_matches_nothing(road, capsys):
-    run(capsys, road, "E300", "Nearest names", extra=("--scope", "regex:nothing"), written=True)
+    run(capsys, road, "E300", "Nearest names", extra=("--scope", "regex:nothing"), started=True)
 
 
 def test_unknown_parameter_on_the_command_line(road, capsys):
@@ -251,38 +380,92 @@ def test_unknown_method_on_the_command_line(road, capsys):
     run(capsys, road, "E310", "npo", extra=("--method", "nppo"))
 
 
+@pytest.mark.parametrize("extra", [("--set", "beta"), ("--set", "beta=[1"), ("--set", "training.epoch=1")])
+def test_settings_that_cannot_be_read(road, capsys, extra):
+    run(capsys, road, "epochs" if "epoch" in extra[1] else "--set", extra=extra)
+
+
 def test_output_that_is_a_file(road, capsys):
     (road / "out").write_text("a file")
-    path = write(road)
-    assert cli.main(["run", str(path), "--out", str(road / "out" / "run")]) == cli.MISTAKE
-    assert "error E500" in capsys.readouterr().err
+    run(capsys, road, "E500", "out/run", "Choose another place with --out")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_output(road, capsys):
-    (road / "out").mkdir()
-    (road / "out").chmod(stat.S_IRUSR | stat.S_IXUSR)
-    run(capsys, road, "E500", "Choose another place with --out")
+def mounted(place, options):
+    """A small disk of its own where that is allowed."""
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
 
 
-def test_full_disk(road, capsys, monkeypatch):
-    from expunge import files
+@pytest.fixture
+def disk(road):
+    yield road / "out"
+    if os.path.ismount(road / "out"):
+        subprocess.run(["umount", "-l", str(road / "out")], check=True)
 
+
+def test_read_only_output(road, disk, capsys):
+    if os.geteuid() == 0:
+        mounted(disk, "ro,size=64k")
+    else:
+        disk.mkdir()
+        disk.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    run(capsys, road, "E500", "out/run", "Choose another place with --out")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
+def test_a_disk_that_is_too_small(road, disk, capsys):
+    mounted(disk, "size=64k")
+    run(capsys, road, "E500", "No space left", started=True)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_is_full(road, capsys, monkeypatch, call):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    run(capsys, road, "E500", "No space left", written=True)
-    assert not list((road / "out").rglob("*.partial"))
-
-
-def test_output_of_another_run(road, capsys):
-    (road / "out" / "run").mkdir(parents=True)
-    (road / "out" / "run" / "run.json").write_text(json.dumps({"key": "other", "method": "idk"}))
+    monkeypatch.setattr(files.os, call, full)
     path = write(road)
-    assert cli.main(["run", str(path), "--out", str(road / "out" / "run")]) == cli.MISTAKE
-    assert "holds another run (method idk)" in capsys.readouterr().err
+    assert cli.main(["run", str(path), "--out", str(road / "out" / "run"), "--json"]) == cli.MISTAKE
+    error = capsys.readouterr().err
+    assert error.startswith("error E500: cannot write ")
+    assert "No space left" in error
+    assert error.count("\n") == 1
+    assert [p for p in (road / "out").rglob("*") if p.is_file() and p.name != ".lock"] == []
 
 
-def test_there_are_many_bad_inputs():
-    assert len(DATA) + len(REQUEST) >= 45
+def test_a_ledger_that_cannot_be_written(road, capsys, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_LEDGER", str(road / "forget.jsonl" / "ledger.sqlite"))
+    run(capsys, road, "E510", "forget.jsonl/ledger.sqlite", "cannot be used")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", '{"key": "other", "method": "idk"}', "out/run holds another run (method idk)"),
+        ("run.json", '{"key": "oth', "run.json is damaged"),
+        ("run.json", "[]", "run.json is damaged"),
+        ("run.json", "\x00\xff", "run.json is damaged"),
+        ("thesis.txt", "mine", "out/run is not empty and holds no run (thesis.txt)"),
+    ],
+)
+def test_an_output_folder_that_holds_something_else_is_left_as_it_is(road, capsys, name, content, message):
+    folder = road / "out" / "run"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content, encoding="latin-1")
+    assert cli.main(["run", str(write(road)), "--out", str(folder), "--json"]) == cli.MISTAKE
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert (folder / name).read_text(encoding="latin-1") == content
+    assert {p.name for p in folder.iterdir()} == {name, ".lock"}
+    assert not (road / "ledger.sqlite").exists()
+
+
+def test_a_mistake_ends_the_process_with_status_2(road):
+    command = [sys.executable, "-m", "expunge", "run", str(write(road, {"modle": "x"}))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (cli.MISTAKE, "")
+    assert done.stderr.startswith("error E100: ")
+    assert "Did you mean model" in done.stderr
+    assert done.stderr.count("\n") == 1
