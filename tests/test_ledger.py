@@ -1,6 +1,8 @@
 """The ledger: append-only, chained, safe under several writers and kill -9, and it tells when it was tampered with."""
 
+import hashlib
 import itertools
+import json
 import os
 import signal
 import sqlite3
@@ -70,12 +72,62 @@ def test_the_table_takes_no_update_and_no_delete(ledger):
             ["INSERT INTO entry SELECT 6, time, event, body, hash, 'new' FROM entry WHERE number = 5"],
             "entry 6 was changed",
         ),
+        (
+            [
+                *(f"UPDATE entry SET number = {n + 1} WHERE number = {n}" for n in (5, 4, 3)),
+                "INSERT INTO entry SELECT 3, time, event, body, hash, 'new' FROM entry WHERE number = 2",
+            ],
+            "entry 3 was changed",
+        ),
+        (["UPDATE entry SET body = 'not json' WHERE number = 3"], "entry 3 was changed"),
+        (["UPDATE entry SET body = x'00ff' WHERE number = 3"], "entry 3 was changed"),
+        (["UPDATE entry SET event = 'finished' WHERE number = 1"], "entry 1 was changed"),
+        (["DELETE FROM entry"], "ends at entry 0, its head record says 5"),
+        (["DELETE FROM head"], "ends at entry 5, its head record says 0"),
+        (["UPDATE head SET hash = 'x'"], "entry 5 is not the one that the head record names"),
     ],
 )
 def test_tampering_is_found_and_named(ledger, statements, message):
     ok, found = tamper(ledger, *statements)
     assert not ok
     assert message in found
+
+
+def test_a_body_that_is_no_longer_readable_is_named(ledger):
+    tamper(ledger, "UPDATE entry SET body = 'not json' WHERE number = 3")
+    with pytest.raises(LedgerError, match="entry 3 was changed"):
+        ledger.list()
+
+
+def test_a_chain_rewritten_from_an_entry_on_does_not_fit_the_head(ledger):
+    entries = ledger.list()
+    other = Ledger(ledger.path.with_name("forged.sqlite"))
+    for entry in entries:
+        other.append(entry.event, **{**entry.body, "method": "idk"})
+    rows = [(e.hash, e.previous, json.dumps(e.body, sort_keys=True, separators=(",", ":"))) for e in other.list()]
+    times = [e.time for e in other.list()]
+    ok, found = tamper(
+        ledger,
+        *(
+            f"UPDATE entry SET hash = '{h}', previous = '{p}', body = '{b}', time = '{t}' WHERE number = {n}"
+            for n, ((h, p, b), t) in enumerate(zip(rows, times), start=1)
+        ),
+    )
+    assert not ok
+    assert "entry 5 is not the one that the head record names" in found
+
+
+def test_an_export_can_be_verified_by_anybody(ledger):
+    *entries, last = map(json.loads, ledger.export().splitlines())
+    previous = "0" * 64
+    for number, entry in enumerate(entries, start=1):
+        body = json.dumps(entry["body"], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        content = [number, entry["time"], entry["event"], body, previous]
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        assert entry["previous"] == previous
+        assert entry["hash"] == hashlib.sha256(text.encode()).hexdigest()
+        previous = entry["hash"]
+    assert last == {"verified": True, "message": f"5 entries, whole; head {previous}"}
 
 
 def test_only_what_is_on_the_list_gets_in(ledger):
@@ -99,9 +151,37 @@ def test_ledgers_that_cannot_be_used_say_so(tmp_path):
     (tmp_path / "bad.sqlite").write_text("this is not a database, it only looks like one " * 50)
     with pytest.raises(LedgerError, match="cannot be used"):
         Ledger(tmp_path / "bad.sqlite").append("started")
+    with pytest.raises(LedgerError, match="there is no ledger"):
+        Ledger(tmp_path).verify()
+    with pytest.raises(LedgerError, match="cannot be used"):
+        Ledger(tmp_path).append("started")
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(LedgerError, match="cannot be used"):
+        Ledger(tmp_path / "empty.sqlite").verify()
     (tmp_path / "file").write_text("x")
     with pytest.raises(LedgerError, match="cannot be used"):
         Ledger(tmp_path / "file" / "ledger.sqlite").append("started")
+
+
+def test_a_ledger_with_a_damaged_page_says_so(ledger):
+    raw = bytearray(ledger.path.read_bytes())
+    raw[100:] = b"\xff" * (len(raw) - 100)
+    ledger.path.write_bytes(raw)
+    with pytest.raises(LedgerError, match="cannot be used"):
+        ledger.verify()
+    with pytest.raises(LedgerError, match="cannot be used"):
+        ledger.append("started")
+
+
+def test_a_read_only_ledger_is_read_but_not_written(ledger, monkeypatch):
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda p, **k: real(f"file:{p}?mode=ro", uri=True, **k))
+    assert ledger.verify()[0]
+    assert len(ledger.list()) == 5
+    with pytest.raises(LedgerError, match=r"ledger .*sqlite cannot be used: attempt to write a readonly database"):
+        ledger.append("started")
+    monkeypatch.undo()
+    assert len(ledger.list()) == 5
 
 
 WRITER = """
@@ -130,5 +210,6 @@ def test_a_killed_writer_leaves_a_whole_chain(tmp_path):
         writer.wait()
         ok, message = Ledger(path).verify()
         assert ok, message
+    assert len(Ledger(path).list()) > 1
     Ledger(path).append("finished")
     assert Ledger(path).list()[-1].event == "finished"
