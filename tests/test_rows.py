@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,12 +31,21 @@ def jsonl(path, records=RECORDS, encoding="utf-8", end="\n"):
     return path
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
 def read(path, **options):
     return read_rows(Source(str(path), **options), "forget")
 
 
 def stripped(rows):
-    return [(r.id, r.prompt, r.answer, r.entity, r.perturbed_answers, r.kind) for r in rows]
+    """Rows without the place they were read from."""
+    return [replace(row, source="") for row in rows]
 
 
 @pytest.fixture
@@ -68,6 +79,41 @@ def test_a_saved_data_set_is_read(tmp_path, expected):
     assert stripped(read(tmp_path / "saved")) == expected
 
 
+def test_one_split_of_a_saved_data_set_is_read(tmp_path, expected):
+    datasets = pytest.importorskip("datasets")
+    both = {"train": datasets.Dataset.from_list(RECORDS), "test": datasets.Dataset.from_list(RECORDS[:1])}
+    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "saved"))
+    assert stripped(read(tmp_path / "saved")) == expected
+    assert stripped(read(tmp_path / "saved", split="test")) == expected[:1]
+    with pytest.raises(RowError, match=r"saved: the saved data set has no split 'tset'\. Did you mean test"):
+        read(tmp_path / "saved", split="tset")
+
+
+def test_a_folder_may_mix_formats_depths_and_capitals(tmp_path, expected):
+    (tmp_path / "data" / "deeper").mkdir(parents=True)
+    jsonl(tmp_path / "data" / "A.JSONL", RECORDS[:1])
+    pq.write_table(pa.Table.from_pylist(RECORDS[1:]), tmp_path / "data" / "deeper" / "b.parquet")
+    (tmp_path / "data" / "README.md").write_text("not rows")
+    assert stripped(read(tmp_path / "data")) == expected
+
+
+def test_cells_without_a_value_are_as_if_they_were_not_there(tmp_path):
+    table = pa.table({"question": ["q", "r"], "answer": ["a", "b"], "entity": [None, "Mo"], "value": [math.nan, 7.0]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "rows.csv").write_text("question,answer,entity,value\nq,a,,\nr,b,Mo,7.0\n")
+    jsonl(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a", "entity": None, "value": math.nan, "aliases": []}])
+    for name in ("rows.parquet", "rows.csv"):
+        first, second = read(tmp_path / name)
+        assert (first.entity, first.value) == (first.id, "")
+        assert (second.entity, second.value) == ("Mo", "7.0")
+    assert read(tmp_path / "rows.jsonl") == [replace(first, source=f"{tmp_path}/rows.jsonl:1")]
+
+
+def test_csv_cells_may_hold_commas_quotes_and_lines(tmp_path):
+    (tmp_path / "r.csv").write_bytes(b'\xef\xbb\xbfquestion,answer\r\n"a, b","say ""x""\r\nand y"\r\n\r\nq,z\r\n')
+    assert [(row.prompt, row.answer) for row in read(tmp_path / "r.csv")] == [("a, b", 'say "x"\r\nand y'), ("q", "z")]
+
+
 def test_byte_order_marks_blank_lines_and_windows_ends_do_no_harm(tmp_path, expected):
     path = jsonl(tmp_path / "bom.jsonl", encoding="utf-8-sig", end="\r\n\r\n")
     assert stripped(read(path)) == expected
@@ -91,6 +137,19 @@ def test_names_of_published_data_are_known(tmp_path):
     assert (row.entity, row.perturbed_answers, row.paraphrased_prompts) == ("Ilva", ("x",), ("p?",))
 
 
+def test_chat_rows_are_equal_in_jsonl_parquet_and_csv(tmp_path):
+    turns = [[user("who?"), assistant("Ilva")], [user("a"), assistant("b"), user("c, d"), assistant("e")]]
+    jsonl(tmp_path / "r.jsonl", [{"messages": chat} for chat in turns])
+    pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in turns]), tmp_path / "r.parquet")
+    with open(tmp_path / "r.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(chat)] for chat in turns)])
+    rows = read(tmp_path / "r.jsonl")
+    assert rows[1].messages == (("user", "a"), ("assistant", "b"), ("user", "c, d"))
+    assert [(row.prompt, row.answer) for row in rows] == [("who?", "Ilva"), ("c, d", "e")]
+    for name in ("r.parquet", "r.csv"):
+        assert stripped(read(tmp_path / name)) == stripped(rows)
+
+
 def test_kinds_follow_from_the_fields(tmp_path):
     chat = [
         {"role": "system", "content": "brief"},
@@ -105,7 +164,10 @@ def test_kinds_follow_from_the_fields(tmp_path):
 
 
 def test_numbers_are_taken_as_they_are_written(tmp_path):
-    assert read(jsonl(tmp_path / "r.jsonl", [{"question": "when?", "answer": 1984}]))[0].answer == "1984"
+    records = [{"question": "when?", "answer": 1984}, {"question": 7, "answer": 0.5, "id": 3, "aliases": [1, "one"]}]
+    first, second = read(jsonl(tmp_path / "r.jsonl", records))
+    assert first.answer == "1984"
+    assert (second.prompt, second.answer, second.id, second.aliases) == ("7", "0.5", "3", ("1", "one"))
 
 
 def test_rows_in_blocks_are_about_one_entity(tmp_path):
@@ -136,7 +198,26 @@ def test_whatever_is_written_is_read_back(tmp_path_factory, pairs):
 
 
 def test_a_hub_id_without_network_is_an_error_that_says_both(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    with pytest.raises(RowError, match="no such file or folder, and as a hub data set"):
-        read("nobody/nothing-of-that-name")
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nand a second line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        RowError, match=r"^nobody/nothing: no such file or folder, and as a hub data set: Couldn't reach"
+    ):
+        read("nobody/nothing")
+
+
+def test_a_hub_id_is_read_with_its_configuration_and_split(monkeypatch, expected):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert stripped(read("some/rows", config="forget01", split="test")) == expected
+    assert asked == [(("some/rows", "forget01"), {"split": "test"})]
