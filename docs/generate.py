@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge import cards, evidence
-from expunge.cards import card_dict
+from expunge.cards import card_dict, first_sentence
 from expunge.registry import ROOMS, Part, parts
 from expunge.request import schema
 
@@ -55,7 +55,9 @@ def main() -> int:
 
 def reference(room: str, found: list[Part]) -> str:
     columns = COLUMNS[room]
-    rows = [[f"[`{p.name}`](#{p.name})", *(_entry(p, c) for c in columns), _first(p.card.summary)] for p in found]
+    rows = [
+        [f"[`{p.name}`](#{p.name})", *(_entry(p, c) for c in columns), first_sentence(p.card.summary)] for p in found
+    ]
     lines = [
         NOTE,
         f"# {room.capitalize()}\n",
@@ -183,10 +185,6 @@ def _entry(part: Part, key: str) -> str:
     if isinstance(value, tuple):
         return ", ".join("open" if item is None else f"{item}" for item in value)
     return str(value)
-
-
-def _first(summary: str) -> str:
-    return summary.split(". ")[0].rstrip(".:")
 
 
 def _table(header: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -128,6 +129,11 @@ class SubjectCard:
 
 
 Card = MethodCard | AttackCard | MetricCard | BenchmarkCard | SubjectCard
+
+
+def first_sentence(summary: str) -> str:
+    """What a list shows of a summary; "et al." ends no sentence."""
+    return re.split(r"(?<!\bal)\. ", summary)[0].rstrip(".:")
 
 
 def card_dict(card: Card) -> dict[str, Any]:

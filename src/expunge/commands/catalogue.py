@@ -29,7 +29,7 @@ def list_parts(
     plugin: Plugins = None,
 ) -> None:
     """List methods, attacks, metrics, benchmarks or subjects."""
-    from ..cards import card_dict
+    from ..cards import card_dict, first_sentence
     from ..registry import parts
 
     load_plugins(plugin)
@@ -39,7 +39,7 @@ def list_parts(
         return
     third = {"methods": "intention", "attacks": "group", "metrics": "direction"}.get(room)
     rows = [
-        [part.name, *([getattr(part.card, third)] if third else []), part.card.summary.split(". ")[0].rstrip(".")]
+        [part.name, *([getattr(part.card, third)] if third else []), first_sentence(part.card.summary)]
         for part in found
     ]
     say_table(["name", *([third] if third else []), "what it does"], rows)
