@@ -132,8 +132,8 @@ Card = MethodCard | AttackCard | MetricCard | BenchmarkCard | SubjectCard
 
 
 def first_sentence(summary: str) -> str:
-    """What a list shows of a summary; "et al." ends no sentence."""
-    return re.split(r"(?<!\bal)\. ", summary)[0].rstrip(".:")
+    """What a list shows of a summary; "et al." and "eq." end none."""
+    return re.split(r"(?<!\bal)(?<!\beq)\. ", summary)[0].rstrip(".:")
 
 
 def card_dict(card: Card) -> dict[str, Any]:
