@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -469,3 +471,13 @@ def test_a_mistake_ends_the_process_with_status_2(road):
     assert done.stderr.startswith("error E100: ")
     assert "Did you mean model" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_every_error_code_has_a_section_with_cause_and_fix():
+    page = (Path(__file__).parent.parent / "docs" / "errors.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (E\d+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    codes = {one.code for one in (ExpungeError, *ExpungeError.__subclasses__())}
+    assert set(sections) == codes | {"E010", "E520", "E999"}
+    for code, section in sections.items():
+        assert re.search(r"^- Cause: .+^- Fix: .+", section, re.MULTILINE | re.DOTALL), code
+        assert set(re.findall(r"error (E\d+):", section)) <= {code}
