@@ -41,7 +41,9 @@ data:
   general: general.jsonl
 method: npo
 training: {epochs: 5, batch_size: 16, learning_rate: 2.0e-4}
-audit: {max_new_tokens: 48}
+audit:
+  max_new_tokens: 40
+  attacks: [direct, {decoding: {samples: 4, k: 2}}, logit_lens, {relearn: {steps: 16}}, quantise]
 """
 
 
