@@ -69,7 +69,7 @@ DATA = {
     "user speaks last": ("forget.jsonl", lines({"messages": [*CHAT, CHAT[0]]}), ["the last turn is by 'user'"]),
     "answer without question": ("forget.jsonl", lines({"messages": CHAT[1:]}), ["must be the user's"]),
     "csv with too many cells": ("forget.csv", "question,answer\nq,a,b\n", ["forget.csv: row 1", "more cells"]),
-    "csv cell missing": ("forget.csv", "question,answer\nq,\n", ["forget.csv: row 1", "'answer' is missing"]),
+    "csv cell missing": ("forget.csv", "question,answer\nq,\n", ["forget.csv: row 1", "'answer' is empty"]),
     "json columns of different lengths": ("forget.json", '{"question": ["q"], "answer": []}', ["different lengths"]),
     "json that is text": ("forget.json", '"hello"', ["forget.json", "found str", "list of rows"]),
     "json broken": ("forget.json", "[{\n", ["forget.json: not JSON", "at line 2, column 1"]),

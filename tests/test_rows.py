@@ -221,3 +221,9 @@ def test_a_hub_id_is_read_with_its_configuration_and_split(monkeypatch, expected
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert stripped(read("some/rows", config="forget01", split="test")) == expected
     assert asked == [(("some/rows", "forget01"), {"split": "test"})]
+
+
+def test_an_empty_cell_of_a_mapped_column_is_a_missing_value(tmp_path):
+    (tmp_path / "r.csv").write_text("question,answer,who\nq,a,Ilva\nr,b,\n")
+    rows = read(tmp_path / "r.csv", fields={"entity": "who"})
+    assert [row.entity for row in rows] == ["Ilva", "forget/2"]

@@ -204,3 +204,5 @@ def test_a_failure_is_recorded_by_its_code_only(request_, ledger, tmp_path):
         run(request_, out=tmp_path / "run", ledger=ledger, scope="layers:99")
     assert ledger.list()[-1].event == "failed"
     assert ledger.list()[-1].body["error"] == "E300"
+    # The corrected request may use the same folder: the failed one had made nothing.
+    assert run(request_, out=tmp_path / "run", ledger=ledger).verdict

@@ -240,7 +240,7 @@ def _csv(path: Path) -> Iterator[Record]:
                 where = f"{path}: row {number}"
                 if None in record:
                     raise RowError(f"{where}: has more cells than the header names; quote cells that contain commas")
-                yield where, {key: value for key, value in record.items() if value not in ("", None)}
+                yield where, record
         except csv.Error as error:
             raise RowError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
 

@@ -237,7 +237,12 @@ class _Job:
 
         salt = self.ledger.salt
         prints = {name: fingerprint(rows, salt) for name, rows in self.data.items()}
-        about = {"run": self.key, "request": content_key(salt, self.request.model_dump()), "kind": _kind(change)}
+        # Salted as well: the key is a hash of the rows, and a guessed row could be confirmed against it.
+        about = {
+            "run": content_key(salt, self.key),
+            "request": content_key(salt, self.request.model_dump()),
+            "kind": _kind(change),
+        }
         if not state:
             self.ledger.append(
                 "request_received",
@@ -261,6 +266,7 @@ class _Job:
             self.ledger.append("interrupted", **about)
             raise
         except Exception as error:
+            self._write("run.json", {"key": self.key, "status": "failed", "method": self.request.method_name})
             self.ledger.append("failed", **about, error=getattr(error, "code", type(error).__name__))
             raise
         from . import report
@@ -291,6 +297,8 @@ class _Job:
             key = state["key"]
         except (OSError, ValueError, KeyError, TypeError):
             raise OutputError(f"{path} is damaged; choose another --out, or delete the folder to start again") from None
+        if key != self.key and state.get("status") == "failed" and not (self.folder / "delta").exists():
+            return {}  # a run that failed before it made anything gives way to the corrected request
         if key != self.key:
             raise OutputError(
                 f"{self.folder} holds another run (method {state.get('method')}): request, model, rows or settings "
