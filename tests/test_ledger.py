@@ -138,6 +138,25 @@ def test_only_what_is_on_the_list_gets_in(ledger):
     assert len(ledger.list()) == 5
 
 
+@pytest.mark.parametrize("value", [object(), float("nan"), {"a": float("inf")}, "half \ud800", {(1, 2): 3}])
+def test_what_json_cannot_hold_is_refused(ledger, value):
+    with pytest.raises(LedgerError, match="the ledger cannot hold scope: "):
+        ledger.append("started", scope=value)
+    assert len(ledger.list()) == 5
+    assert ledger.verify()[0]
+
+
+def test_running_text_in_settings_is_hashed_with_the_salt(ledger):
+    settings = {"beta": 0.1, "retain": "kl", "refusal": "Ask Ilva Morrow.", "list": ["Ilva Morrow"]}
+    body = ledger.append("started", method="npo", settings=settings).body
+    assert body == ledger.show(6).body
+    assert (body["settings"]["beta"], body["settings"]["retain"]) == (0.1, "kl")
+    hashed = "text " + hashlib.sha256(f"{ledger.salt}Ask Ilva Morrow.".encode()).hexdigest()
+    assert body["settings"]["refusal"] == hashed
+    assert "Ilva" not in ledger.export()
+    assert b"Ilva" not in ledger.path.read_bytes()
+
+
 def test_the_salt_is_the_ledgers_own_and_stays(tmp_path):
     first, second = Ledger(tmp_path / "a.sqlite"), Ledger(tmp_path / "b.sqlite")
     assert first.salt == Ledger(tmp_path / "a.sqlite").salt != second.salt
@@ -198,6 +217,23 @@ def test_several_writers_keep_one_chain(tmp_path):
     assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
     assert len(Ledger(path).list()) == 100
     assert Ledger(path).verify()[0]
+
+
+def test_a_ledger_is_whole_at_every_moment_of_a_writer(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).append("started")
+    writer = subprocess.Popen([sys.executable, "-c", WRITER.format(n=10**6), str(path)])
+    try:
+        while len(Ledger(path).list()) < 3:
+            assert writer.poll() is None
+        for _ in range(40):
+            ok, message = Ledger(path).verify()
+            assert ok, message
+            *_, entry, last = map(json.loads, Ledger(path).export().splitlines())
+            assert last["message"] == f"{entry['number']} entries, whole; head {entry['hash']}"
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_a_killed_writer_leaves_a_whole_chain(tmp_path):

@@ -1,12 +1,14 @@
 """The request file: what is in it is what is meant, paths are relative to it, and its page says all of it."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from expunge.errors import RequestError
 from expunge.request import ENTITIES, Request, check, load, named, read_data, schema, warnings
 from expunge.rows import Row
 
@@ -95,6 +97,21 @@ def test_overrides_reach_fields_at_any_depth(write):
     request = load(write(SHORT), changes)
     assert request.training.guard.band == 2
     assert (request.proof, request.method_settings, request.audit.attacks) == ("quick", {"beta": 0.2}, [])
+
+
+def test_free_settings_hold_numbers_only_that_the_record_can_hold(write):
+    with pytest.raises(RequestError, match=r"request\.yaml: holds something other than text, numbers"):
+        load(write(SHORT), {"method": {"name": "npo", "beta": math.nan}})
+
+
+def test_defaults_of_training_are_those_of_the_loop():
+    from dataclasses import asdict
+
+    from expunge.methods.optimise.loop import Guard, Training
+
+    training = Request(model="m", data={"forget": "f"}).training.model_dump()
+    assert training == asdict(Training())
+    assert training["guard"] == asdict(Guard())
 
 
 def test_names_may_carry_settings():

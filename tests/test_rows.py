@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 from dataclasses import replace
 
@@ -185,6 +186,16 @@ def test_fingerprints_are_salted_and_do_not_depend_on_order():
     assert fingerprint(rows, "s") != fingerprint(rows[:1], "s")
 
 
+@pytest.mark.parametrize(
+    ("name", "where"), [("r.jsonl", "r.jsonl:1"), ("r.json", "r.json")], ids=["a line", "a whole file"]
+)
+def test_a_field_given_twice_is_not_silently_the_last(tmp_path, name, where):
+    text = '{"question": "q", "answer": "a", "answer": "b"}'
+    (tmp_path / name).write_text(text if name == "r.jsonl" else f"[{text}]")
+    with pytest.raises(RowError, match=rf"{where}: 'answer' is given twice$"):
+        read(tmp_path / name)
+
+
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1).filter(str.strip)
 
 
@@ -197,10 +208,11 @@ def test_whatever_is_written_is_read_back(tmp_path_factory, pairs):
     assert [(row.prompt, row.answer) for row in read(path)] == pairs
 
 
-def test_a_hub_id_without_network_is_an_error_that_says_both(monkeypatch):
+def test_a_hub_id_without_network_is_one_error_that_says_both(monkeypatch, caplog):
     datasets = pytest.importorskip("datasets")
 
     def offline(*_, **__):
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nand a second line")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
@@ -208,6 +220,8 @@ def test_a_hub_id_without_network_is_an_error_that_says_both(monkeypatch):
         RowError, match=r"^nobody/nothing: no such file or folder, and as a hub data set: Couldn't reach"
     ):
         read("nobody/nothing")
+    assert caplog.records == []
+    assert logging.getLogger("huggingface_hub").level < logging.CRITICAL
 
 
 def test_a_hub_id_is_read_with_its_configuration_and_split(monkeypatch, expected):

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import registry
 from .errors import RequestError, RowError, suggest
-from .rows import SUFFIXES, Row, Source, read_rows, shown
+from .rows import SUFFIXES, GivenTwice, Row, Source, read_rows, shown, unique
 
 SETS = ("forget", "retain", "holdout", "neighbour", "general")
 ENTITIES = 8
@@ -174,22 +174,10 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Reques
     if not re.fullmatch(r"[\w.-]{1,80}", name) or not name.strip("."):
         raise RequestError(f"{path}: name is {shown(name)}; expected letters, digits, '.', '_' and '-', at most 80")
     try:
-        json.dumps(request.model_dump(), ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:  # a date or a set in free settings, half a surrogate pair
+        json.dumps(request.model_dump(), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:  # a date, a set or NaN in free settings, half a surrogate pair
         raise RequestError(f"{path}: holds something other than text, numbers, lists and mappings: {error}") from None
     return _absolute(request.model_copy(update={"name": name}), path.parent)
-
-
-class _Unique(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise _Unique(f"{twice[0]!r} is given twice")
-    return dict(pairs)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -202,11 +190,11 @@ def _parse(path: Path) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _Unique(
+                raise GivenTwice(
                     f"line {key.start_mark.line + 1}: a list or mapping stands where a field name is expected"
                 )
             if key.value in seen:
-                raise _Unique(f"line {key.start_mark.line + 1}: {key.value!r} is given twice")
+                raise GivenTwice(f"line {key.start_mark.line + 1}: {key.value!r} is given twice")
             seen.add(key.value)
         return loader.construct_mapping(node, deep=True)  # type: ignore[no-any-return]
 
@@ -224,10 +212,10 @@ def _parse(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror or error}") from None
     try:
-        values = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(text, Loader)
+        values = json.loads(text, object_pairs_hook=unique) if path.suffix == ".json" else yaml.load(text, Loader)
     except json.JSONDecodeError as error:
         raise RequestError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except _Unique as error:
+    except GivenTwice as error:
         raise RequestError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import math
 import os
 import reprlib
@@ -189,6 +190,20 @@ def _jsonl(path: Path) -> Iterator[Record]:
             yield _mapping(f"{path}:{number}", parsed(line, f"{path}:{number}"))
 
 
+class GivenTwice(ValueError):
+    """A field of one object has two values."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its fields, for `json`, which would let the last of two values win silently."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise GivenTwice(f"{name!r} is given twice")
+        found[name] = value
+    return found
+
+
 def parsed(text: str, where: str) -> Any:
     """JSON as Python values.
 
@@ -196,7 +211,9 @@ def parsed(text: str, where: str) -> Any:
         RowError: it is none; begins with `where`.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
+    except GivenTwice as error:
+        raise RowError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise RowError(f"{where}: not JSON: {error.msg} at {place}") from None
@@ -276,11 +293,16 @@ def _saved(path: Path) -> Iterator[Record]:
 
 def _hub(source: Source) -> Iterator[Record]:
     datasets = _datasets()
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it tells every retry; one sentence is enough
     try:
         data = datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # the library raises many kinds for unknown names, splits and no connection
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RowError(f"{source.path}: no such file or folder, and as a hub data set: {reason}") from None
+    finally:
+        log.setLevel(level)
     for number, record in enumerate(data, start=1):
         yield f"{source.path}: row {number}", record
 

@@ -1,7 +1,7 @@
 """An append-only table in SQLite in which every entry carries the hash of the one before.
 
 What is written: hashes, counts, names of methods, settings, verdicts. Rows, paths, reasons and names of persons never
-are; row sets appear as hashes salted with a secret of this ledger.
+are; row sets, and settings that are running text, appear as hashes salted with a secret of this ledger.
 
 `verify` finds entries that were changed, removed, reordered or inserted, and a tail that was cut (the head is recorded
 too). Whoever can write the file can also make a new, consistent one from the start: against that only a copy of the
@@ -106,17 +106,19 @@ class Ledger:
         """Write one entry; concurrent writers wait for one another.
 
         Raises:
-            LedgerError: an unknown event or field, or the file cannot be written.
+            LedgerError: an unknown event or field, a value that JSON cannot hold, or the file cannot be written.
         """
         if event not in EVENTS:
             raise LedgerError(f"there is no event {event!r}. {suggest(event, EVENTS)}")
         for name in fields:
             if name not in FIELDS:
                 raise LedgerError(f"the ledger takes no field {name!r}, so that nothing personal gets in")
-        body = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         with self._open(create=True) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            number, previous, _ = self._head(connection)
+            number, previous, salt = self._head(connection)
+            body = _written(
+                {**fields, "settings": _veiled(fields["settings"], salt)} if "settings" in fields else fields
+            )
             time = datetime.now(UTC).isoformat(timespec="seconds")
             hash_ = _hash(number + 1, time, event, body, previous)
             connection.execute(
@@ -146,43 +148,83 @@ class Ledger:
     def list(self) -> list[Entry]:
         """All entries, oldest first."""
         with self._open() as connection:
-            rows = connection.execute("SELECT number, time, event, body, previous, hash FROM entry ORDER BY number")
-            return [Entry(n, t, e, _body(n, b), p, h) for n, t, e, b, p, h in rows]
+            return _entries(_moment(connection)[0])
 
     def show(self, number: int) -> Entry:
         """One entry."""
-        found = [entry for entry in self.list() if entry.number == number]
+        entries = self.list()
+        found = [entry for entry in entries if entry.number == number]
         if not found:
-            raise LedgerError(f"the ledger has no entry {number}; it has {len(self.list())}")
+            raise LedgerError(f"the ledger has no entry {number}; it has {len(entries)}")
         return found[0]
 
     def verify(self) -> tuple[bool, str]:
         """Whether the chain is whole, and a sentence: the head hash, or the first broken entry."""
         with self._open() as connection:
-            rows = connection.execute(
-                "SELECT number, time, event, body, previous, hash FROM entry ORDER BY number"
-            ).fetchall()
-            head = connection.execute("SELECT number, hash FROM head").fetchone() or (0, START)
-        previous = START
-        for place, (number, time, event, body, before, hash_) in enumerate(rows, start=1):
-            if number != place:
-                return False, f"entry {place} is missing"
-            if before != previous:
-                return False, f"entry {number} does not follow entry {number - 1}: the chain is broken there"
-            if _hash(number, time, event, body, before) != hash_:
-                return False, f"entry {number} was changed after it was written"
-            previous = hash_
-        if len(rows) != head[0]:
-            return False, f"the ledger ends at entry {len(rows)}, its head record says {head[0]}: the tail was cut"
-        if previous != head[1]:
-            return False, f"entry {len(rows)} is not the one that the head record names: entries were rewritten"
-        return True, f"{len(rows)} entries, whole; head {previous}"
+            return _verified(*_moment(connection))
 
     def export(self) -> str:
         """All entries as JSON lines, the head hash last."""
-        ok, message = self.verify()
-        entries = [json.dumps(asdict(entry), ensure_ascii=False) for entry in self.list()]
+        with self._open() as connection:
+            rows, head = _moment(connection)
+        ok, message = _verified(rows, head)
+        entries = [json.dumps(asdict(entry), ensure_ascii=False) for entry in _entries(rows)]
         return "\n".join([*entries, json.dumps({"verified": ok, "message": message})]) + "\n"
+
+
+Cells = tuple[int, str, str, str, str, str]
+"""number, time, event, body, previous, hash"""
+
+
+def _moment(connection: sqlite3.Connection) -> tuple[list[Cells], tuple[int, str]]:
+    """All entries and the head record as they stood at one moment, whoever writes meanwhile."""
+    connection.execute("BEGIN")
+    rows = connection.execute("SELECT number, time, event, body, previous, hash FROM entry ORDER BY number").fetchall()
+    head = connection.execute("SELECT number, hash FROM head").fetchone() or (0, START)
+    connection.execute("COMMIT")
+    return rows, head
+
+
+def _verified(rows: list[Cells], head: tuple[int, str]) -> tuple[bool, str]:
+    previous = START
+    for place, (number, time, event, body, before, hash_) in enumerate(rows, start=1):
+        if number != place:
+            return False, f"entry {place} is missing"
+        if before != previous:
+            return False, f"entry {number} does not follow entry {number - 1}: the chain is broken there"
+        if _hash(number, time, event, body, before) != hash_:
+            return False, f"entry {number} was changed after it was written"
+        previous = hash_
+    if len(rows) != head[0]:
+        return False, f"the ledger ends at entry {len(rows)}, its head record says {head[0]}: the tail was cut"
+    if previous != head[1]:
+        return False, f"entry {len(rows)} is not the one that the head record names: entries were rewritten"
+    return True, f"{len(rows)} entries, whole; head {previous}"
+
+
+def _entries(rows: list[Cells]) -> list[Entry]:
+    return [Entry(n, t, e, _body(n, b), p, h) for n, t, e, b, p, h in rows]
+
+
+def _veiled(value: Any, salt: str) -> Any:
+    """Settings with running text replaced by its salted hash: a refusal sentence, say, may name a person."""
+    if isinstance(value, dict):
+        return {name: _veiled(below, salt) for name, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_veiled(below, salt) for below in value]
+    if isinstance(value, str) and any(character.isspace() for character in value):
+        return "text " + hashlib.sha256((salt + value).encode("utf-8", "surrogatepass")).hexdigest()
+    return value
+
+
+def _written(fields: dict[str, Any]) -> str:
+    """Canonical JSON."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise LedgerError(f"the ledger cannot hold {name}: {error}") from None
+    return json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def _hash(number: int, time: str, event: str, body: str, previous: str) -> str:
