@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...subjects.head import linear_logprob
+
+Objective = str | dict[str, dict[str, Any]]
+"""An objective inside another method: its name, or {name: {parameter: value}}."""
 
 RetainTerm = Literal["none", "nll", "kl"]
 """none; nll: likelihood of retain answers (GDR); kl: stay with the start model on them (KLR)."""
@@ -47,6 +50,10 @@ class Side:
     linear_head: nn.Linear | None = None
     """The head's weights where it is a plain linear layer."""
     constants: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """Residual stream after the blocks that were tapped: (P, d) at the tapped positions, row by row."""
+    routers: dict[int, Tensor] = field(default_factory=dict)
+    """(P, E) router logits of the blocks that were tapped."""
 
     @cached_property
     def length(self) -> Tensor:
@@ -92,6 +99,13 @@ class Step:
     sides: dict[str, Side]
     index: int
     total: int
+    epoch: int = 0
+    given: dict[str, Any] = field(default_factory=dict)
+    """What the method's `prepare` worked out before training."""
+    memory: dict[str, float] = field(default_factory=dict)
+    """Numbers an objective keeps from step to step; part of every checkpoint."""
+    inner: Callable[[Step], Tensor] | None = None
+    """The objective inside, of a method with a parameter `objective`."""
 
     @property
     def forget(self) -> Side:
