@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,18 @@ class Template:
 
     prompt: str = "Question: {question}\nAnswer:"
     separator: str = " "
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What a pass hands out: final hidden states, the residual stream after blocks, router logits of blocks."""
+
+    final: bool = True
+    """Final hidden states at answer positions; without them the pass stops after the highest tapped block."""
+    layers: tuple[int, ...] = ()
+    routers: tuple[int, ...] = ()
+    positions: Literal["all", "answer"] = "all"
+    """Where layers and routers are read: every fed token of every row, or those that predict the answer."""
 
 
 class _States:
