@@ -32,7 +32,7 @@ def child(shape: str, scope: str, variant: str, steps: int, retain: str) -> None
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from expunge.methods.optimise.loop import Drawn, gradients, references
+    from expunge.methods.optimise.loop import Drawn, Recipe, Turn, references
     from expunge.registry import get
     from expunge.subjects.language import LanguageModel
     from expunge.subjects.packed import Encoded
@@ -81,14 +81,8 @@ def child(shape: str, scope: str, variant: str, steps: int, retain: str) -> None
     def ours(index: int) -> None:
         if live is not None:
             drawn.constants["forget"] = references(live, drawn.rows["forget"], hidden=False)
-        gradients(
-            subject,
-            drawn,
-            index,
-            lambda step: npo(step, retain=retain),
-            frozen_head=subject.head,
-            micro_tokens=1 << 20,
-        )
+        recipe = Recipe(lambda step: npo(step, retain=retain), ("forget", "retain"))
+        Turn(subject, trained, drawn, recipe, index, {}, subject.head, micro_tokens=1 << 20).backward()
 
     def sums(net: torch.nn.Module, side: list[Encoded]) -> torch.Tensor:
         width = max(len(row.ids) for row in side)

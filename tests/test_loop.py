@@ -13,7 +13,7 @@ from tiny import tiny
 
 from expunge.errors import RequestError, TrainingError
 from expunge.methods.optimise import loop
-from expunge.methods.optimise.loop import Drawn, Guard, Training, draw, fit, gradients, references, train
+from expunge.methods.optimise.loop import Drawn, Guard, Recipe, Training, Turn, draw, fit, references, train
 from expunge.methods.optimise.terms import negative_log_likelihood
 from expunge.registry import get
 from expunge.rows import Row
@@ -94,7 +94,7 @@ def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out
         working,
         parameters,
         drawn,
-        npo,
+        Recipe(npo, ("forget", "retain")),
         training,
         held_out=held_out,
         checkpoint=checkpoint,
@@ -116,18 +116,15 @@ def test_the_same_seed_gives_the_same_weights_bitwise(subject):
     assert not same(first, subject)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bitwise(subject, tmp_path):
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bitwise(subject, tmp_path, monkeypatch):
     held = encoded(subject, 4, "kept")
     whole, log = run(subject, held_out=held)
     with pytest.raises(KeyboardInterrupt):
         run(subject, held_out=held, checkpoint=tmp_path / "checkpoint", stop_at=3)
     calls = []
-    original = loop.gradients
-    try:
-        loop.gradients = lambda *a, **k: calls.append(1) or original(*a, **k)
-        resumed, again = run(subject, held_out=held, checkpoint=tmp_path / "checkpoint")
-    finally:
-        loop.gradients = original
+    original = Turn.backward
+    monkeypatch.setattr(Turn, "backward", lambda turn: calls.append(1) or original(turn))
+    resumed, again = run(subject, held_out=held, checkpoint=tmp_path / "checkpoint")
     assert len(calls) == 3
     assert same(whole, resumed)
     assert again.loss == log.loss
@@ -151,20 +148,17 @@ def test_small_and_large_micro_batches_give_one_trajectory(subject):
     assert same(whole, split, 1e-5)
 
 
-def test_references_computed_once_equal_a_live_reference(subject):
+def test_references_computed_once_equal_a_live_reference(subject, monkeypatch):
     _, log = run(subject, steps=20)
-    original = loop.gradients
+    original = Turn.backward
     start = subject.copy()
 
-    def live(working, drawn, index, loss, **options):
-        drawn.constants["forget"] = references(start, drawn.rows["forget"], hidden=False)
-        return original(working, drawn, index, loss, **options)
+    def live(turn):
+        turn.drawn.constants["forget"] = references(start, turn.drawn.rows["forget"], hidden=False)
+        return original(turn)
 
-    try:
-        loop.gradients = live
-        _, again = run(subject, steps=20)
-    finally:
-        loop.gradients = original
+    monkeypatch.setattr(Turn, "backward", live)
+    _, again = run(subject, steps=20)
     assert log.loss == pytest.approx(again.loss, abs=1e-5)
 
 
@@ -217,7 +211,7 @@ def test_a_loss_that_is_not_finite_is_an_error(subject):
             subject,
             list(subject.model.parameters()),
             drawn,
-            lambda step: step.forget.token_logprob.mean() * math.nan,
+            Recipe(lambda step: step.forget.token_logprob.mean() * math.nan, ("forget",)),
             Training(guard=None),
         )
 
@@ -227,7 +221,8 @@ def test_a_scope_out_of_reach_is_an_error(subject):
     drawn = Drawn({"forget": encoded(subject, 2)}, [{"forget": [0, 1]}])
     subject.model.requires_grad_(True)
     with pytest.raises(TrainingError, match="no parameter of the scope receives a gradient"):
-        train(subject, [lonely], drawn, lambda step: step.forget.token_logprob.mean(), Training(guard=None))
+        recipe = Recipe(lambda step: step.forget.token_logprob.mean(), ("forget",))
+        train(subject, [lonely], drawn, recipe, Training(guard=None))
 
 
 def test_fit_learns_and_evaluates_when_asked(subject):
@@ -302,13 +297,7 @@ def test_negative_log_likelihood_counts_answer_tokens_only(subject):
     items = encoded(subject, 3)
     drawn = Drawn({"rows": items}, [{"rows": [0, 1, 2]}])
     subject.model.requires_grad_(True)
-    value, _ = gradients(
-        subject,
-        drawn,
-        0,
-        lambda step: negative_log_likelihood(step.sides["rows"]),
-        frozen_head=subject.head,
-        micro_tokens=1 << 20,
-    )
+    recipe = Recipe(lambda step: negative_log_likelihood(step.sides["rows"]), ("rows",))
+    value = Turn(subject, [], drawn, recipe, 0, {}, subject.head).backward()
     table = subject.score([((str(i), "answer"), item) for i, item in enumerate(items)])
     assert float(value) == pytest.approx(float(-table.logprob.mean()), abs=1e-5)

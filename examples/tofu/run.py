@@ -33,8 +33,8 @@ REQUEST = """\
 # TOFU forget10, as far as the sample goes: questions about 15 invented authors.
 name: tofu
 reason: benchmark
-model: original
-gold: [gold-0, gold-1]
+model: MODELS/original
+gold: [MODELS/gold-0, MODELS/gold-1]
 data:
   forget: {path: DATA/forget10_sample.jsonl, entity_every: 20}
   retain: {path: DATA/retain_sample.jsonl, entity_every: 20}
@@ -93,15 +93,20 @@ def main() -> None:
     general = [{"question": row.prompt, "answer": row.answer} for name in ("authors", "facts") for row in sets[name]]
     (options.out / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in general), encoding="utf-8")
     request = options.out / "request.yaml"
-    request.write_text(REQUEST.replace("DATA", str(options.data.absolute())), encoding="utf-8")
+    text = REQUEST.replace("DATA", str(options.data.absolute())).replace("MODELS", f"models-{options.steps}")
+    request.write_text(text, encoding="utf-8")
     progress = Progress()
     kept = [row for name, rows in sets.items() if name != "forget" for row in rows]
-    train(every, made, 0, options.steps, options.out / "original", progress)
+    # Models of another number of steps are other models, and so are the runs on them.
+    models = options.out / f"models-{options.steps}"
+    train(every, made, 0, options.steps, models / "original", progress)
     for seed in (0, 1):
-        train(kept, made, 10 + seed, options.steps, options.out / f"gold-{seed}", progress)
+        train(kept, made, 10 + seed, options.steps, models / f"gold-{seed}", progress)
     runs = {}
     for method in METHODS:
-        runs[method] = run(load(request), method=method, out=options.out / "runs" / method, progress=progress)
+        runs[method] = run(
+            load(request), method=method, out=options.out / f"runs-{options.steps}" / method, progress=progress
+        )
         print(f"{method}: {runs[method].verdict.verdict} {runs[method].verdict.flags}", flush=True)
     paths = compare.write(list(runs.values()), options.out / "comparison", names=list(runs))
     progress.close()

@@ -18,12 +18,11 @@ import torch
 from . import registry
 from .attacks.case import Case
 from .audit import _limit, battery
-from .cards import MethodCard
 from .costs import Pass, Structure, kept, structure
 from .errors import SubjectError
-from .methods.optimise import unlearn
-from .methods.optimise.loop import Drawn, Guard, Training, draw
+from .methods.optimise.loop import Drawn, Guard, Training
 from .methods.optimise.scope import Resolved, resolve
+from .methods.optimise.unlearn import set_up
 from .registry import Part
 from .request import Request, check, named, read_data
 from .rows import Row
@@ -81,7 +80,7 @@ def plan(request: Request) -> Plan:
         request=request.name,
         model=request.model,
         method=part.name,
-        scope=str(request.scope),
+        scope=str(request.scope or "the method's own"),
         audit=passes(subject, data, attacks, models=2 + len(request.gold)),
         **found,
     )
@@ -113,7 +112,7 @@ def estimate(
     part: Part,
     settings: dict[str, Any],
     *,
-    scope: str | dict[str, Any],
+    scope: str | dict[str, Any] | None,
     data: dict[str, list[Row]],
     training: Training,
 ) -> dict[str, Any]:
@@ -122,29 +121,24 @@ def estimate(
     Returns:
         The entries parameters, tokens, flops, memory, time and remarks of a `Plan`.
     """
-    chosen = part.resolve(settings)
-    resolved = resolve(scope, subject.model)
+    setup = set_up(subject, part, settings, scope=scope, data=data, training=training, dry=True)
+    resolved, drawn, held_out = setup.resolved, setup.drawn, setup.held_out
+    sides, retain = list(drawn.rows), setup.chain[-1][1].get("retain")
     shape = structure(subject.model, resolved)
-    generator = torch.Generator().manual_seed(training.seed)
-    sides = unlearn._sides(part, chosen)
-    rows, held_out = unlearn._rows(subject, part, chosen, sides, data, training, generator)
-    leading = [side for side in sides if side != "retain"]
-    drawn = draw(rows, leading, training=training, generator=generator, count=len(data.get("forget", [])))
     steps = len(drawn.steps)
     sampled = [_rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
     passes = [_pass(step) for step in sampled]
 
     # A divergence from the start model also runs that model's head.
-    frozen_head = 2.0 * shape.head if chosen.get("retain") == "kl" else 0.0
+    frozen_head = 2.0 * shape.head if retain == "kl" else 0.0
     flops = {
-        "needs": _needs(shape, part, chosen, drawn),
+        "needs": _needs(shape, setup.needs, drawn),
         "steps": steps * _mean([_step(shape, p, sides, frozen_head, training) for p in passes]),
         "guard": _checks(training, steps) * shape.forward(_pass([held_out])) if held_out else 0.0,
     }
     flops["total"] = sum(flops.values())
     per_token = kept(subject, resolved, [row for side in sampled[0] for row in side]) if sampled else 0.0
     memory = _memory(shape, resolved, passes, per_token or 0.0, training, bool(held_out))
-    per_epoch = math.ceil(min(len(rows[side]) for side in leading) / training.batch_size)
     return {
         "parameters": {
             "total": shape.total,
@@ -154,8 +148,8 @@ def estimate(
         },
         "tokens": {
             "steps": steps,
-            "steps per epoch": per_epoch,
-            "fed per epoch": round(per_epoch * _mean([p.tokens for p in passes])),
+            "steps per epoch": drawn.per_epoch,
+            "fed per epoch": round(drawn.per_epoch * _mean([p.tokens for p in passes])),
             "fed": round(steps * _mean([p.tokens for p in passes])),
             "answer tokens": drawn.tokens[1],
         },
@@ -205,12 +199,10 @@ def _step(shape: Structure, fed: Pass, sides: list[str], frozen_head: float, tra
     return flops
 
 
-def _needs(shape: Structure, part: Part, settings: dict[str, Any], drawn: Drawn) -> float:
-    """FLOPs of what is computed once, for the rows that were drawn."""
-    assert isinstance(part.card, MethodCard)
-    needs = set(part.card.needs) | ({"retain.reference_hidden"} if settings.get("retain") == "kl" else set())
+def _needs(shape: Structure, needs: set[str], drawn: Drawn) -> float:
+    """FLOPs of what is computed once, for exactly the rows that are drawn."""
     flops = 0.0
-    for side, _, quantity in (need.partition(".") for need in needs):
+    for side, _, quantity in (need.partition(".") for need in sorted(needs)):
         used = sorted({i for step in drawn.steps for i in step.get(side, [])})
         if not quantity or not used:
             continue

@@ -49,6 +49,8 @@ class Part:
     parameters: type[pydantic.BaseModel]
     preset: Mapping[str, Any] = field(default_factory=dict)
     """Parameter values that this name stands for (`grad_diff` is `gradient_ascent` with retain = nll)."""
+    prepare: Callable[[Any], None] | None = None
+    """What a method works out once before training (`methods.optimise.unlearn.Preparation`)."""
 
     @property
     def name(self) -> str:
@@ -108,7 +110,13 @@ def _parameter_model(function: Callable[..., Any], name: str) -> type[pydantic.B
     return pydantic.create_model(f"{name}_parameters", __config__=config, **fields)
 
 
-def register(room: str, function: F, card: Card, aliases: Mapping[str, Mapping[str, Any]] | None = None) -> F:
+def register(
+    room: str,
+    function: F,
+    card: Card,
+    aliases: Mapping[str, Mapping[str, Any]] | None = None,
+    prepare: Callable[[Any], None] | None = None,
+) -> F:
     """Enter a part under its card's name and under its aliases, each alias with parameter values of its own."""
     from dataclasses import replace
 
@@ -117,7 +125,7 @@ def register(room: str, function: F, card: Card, aliases: Mapping[str, Mapping[s
         present = _parts[room].get(name)
         if present is not None and present.function.__module__ != function.__module__:
             raise CardError(f"{room}: {name!r} is registered by {present.function.__module__} already")
-        _parts[room][name] = Part(room, function, replace(card, name=name), parameters, preset)
+        _parts[room][name] = Part(room, function, replace(card, name=name), parameters, preset, prepare)
     return function
 
 
@@ -131,6 +139,7 @@ def _method(kind: str, defaults: dict[str, Any]) -> Callable[..., Callable[[F], 
         paper: str,
         modality: str | tuple[str, ...] = "language",
         aliases: Mapping[str, Any] | None = None,
+        prepare: Callable[[Any], None] | None = None,
         **card: Any,
     ) -> Callable[[F], F]:
         def enter(function: F) -> F:
@@ -147,7 +156,7 @@ def _method(kind: str, defaults: dict[str, Any]) -> Callable[..., Callable[[F], 
                 )
             except TypeError as error:
                 raise CardError(f"card of method {function.__name__}: {error}") from None
-            return register("methods", function, made, aliases)
+            return register("methods", function, made, aliases, prepare)
 
         return enter
 

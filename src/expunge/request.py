@@ -116,7 +116,9 @@ class Request(_Strict):
     fields: dict[str, str] = Field({}, description="Default field mapping of all row sets.")
     template: TemplateSettings | None = Field(None, description="How question and answer become text.")
     method: str | dict[str, Any] = Field("npo", description="Name, or {name: ..., parameter: value ...}.")
-    scope: str | dict[str, Any] = Field("all", description="Which weights may move.")
+    scope: str | dict[str, Any] | None = Field(
+        None, description="Which weights may move; the method's own by default, mostly all."
+    )
     training: TrainingSettings = Field(TrainingSettings(), description="How an objective is optimised.")
     audit: AuditSettings = Field(AuditSettings(), description="How the result is attacked and measured.")
     proof: Literal["quick", "standard", "thorough"] = Field("standard", description="Budget of the attacks.")

@@ -339,6 +339,20 @@ class _Job:
                 progress=self._tell(f"change: {part.name}"),
             )
             delta, method = outcome.delta, {**method, **outcome.summary}
+        elif part.card.kind == "edit":
+            from .methods.edit.case import EditCase
+
+            case = EditCase(
+                self.subject,
+                self.data,
+                _training(self.request),
+                self.request.scope,
+                self.folder / "checkpoint",
+                self.progress,
+            )
+            delta = part.function(case, **settings)
+            method |= {"phases": case.summary, "warnings": case.warnings, "scope": self.request.scope or "all"}
+            method["tokens"] = sum(phase["tokens"] for phase in case.summary.values())
         elif part.card.kind == "guard":
             delta = Delta(self.subject.fingerprint, config={"name": part.name, "settings": settings})
             method["scope"] = "none"

@@ -1,1 +1,1 @@
-
+"""Methods that write a change of weights directly, or work it out in several phases."""

@@ -2,17 +2,20 @@
 
 1. Everything random is drawn from one seed before training (`draw`).
 2. What does not change during training is computed once, for exactly the rows drawn (`references`).
-3. A step is one packed pass over all its rows, the head on answer positions only, then backward (`gradients`).
+3. A step is one packed pass over all its rows, the head on answer positions only, then backward (`Turn.backward`); a
+   method around an objective may take several (`Recipe.around`).
 4. A run that leaves the utility band is stopped and stepped back; a killed run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +24,8 @@ from torch import Tensor, nn
 
 from ...errors import RequestError, TrainingError
 from ...files import complete_folder, save_tensors
-from ...subjects.language import LanguageModel, Progress
-from ...subjects.packed import Encoded, batches, pack
+from ...subjects.language import LanguageModel, Progress, Taps
+from ...subjects.packed import Encoded, Pack, batches, pack
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -73,6 +76,9 @@ class Drawn:
     rows: dict[str, list[Encoded]]
     steps: list[dict[str, list[int]]]
     constants: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
+    """Per side and row: what does not change during training."""
+    per_epoch: int = 1
+    """Steps of an epoch."""
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -115,7 +121,7 @@ def draw(
             steps.append(step)
             if len(steps) == total:
                 break
-    return Drawn(rows, steps)
+    return Drawn(rows, steps, per_epoch=max(1, per_epoch))
 
 
 def _endless(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -150,106 +156,295 @@ def references(
     return found
 
 
+@torch.no_grad()
+def activations(
+    subject: LanguageModel, rows: Sequence[Encoded], taps: Taps, *, progress: Progress | None = None
+) -> list[dict[str, Tensor]]:
+    """Per row the start model's residual stream after every tapped block: `layer.7` (tapped positions, d)."""
+    taps = replace(taps, final=False, routers=())
+    found: list[dict[str, Tensor]] = [{} for _ in rows]
+    done = 0
+    for group in batches(rows, 4096):
+        states = subject.states(pack([rows[i] for i in group], subject.device), taps)
+        lengths = [_tapped(rows[i], taps) for i in group]
+        for name, values in states.items():
+            for index, part in zip(group, values.split(lengths)):
+                found[index][name] = part.clone()
+        done += len(group)
+        if progress:
+            progress(done, len(rows))
+    return found
+
+
 # --- one step --------------------------------------------------------------------------------------------------------
 
 
-def _sides(
-    subject: LanguageModel, drawn: Drawn, step: dict[str, list[int]], hidden: Tensor, frozen_head: Head
-) -> dict[str, Side]:
-    sides: dict[str, Side] = {}
-    start = 0
-    for name, places in step.items():
-        rows = [drawn.rows[name][i] for i in places]
-        lengths = torch.tensor([row.scored for row in rows], device=hidden.device)
-        stop = start + int(lengths.sum())
-        stored = [drawn.constants[name][i] for i in places] if name in drawn.constants else []
-        sides[name] = Side(
-            hidden=hidden[start:stop],
-            target=torch.tensor([t for row in rows for t in row.ids[row.start :]], device=hidden.device),
-            row=torch.repeat_interleave(torch.arange(len(rows), device=hidden.device), lengths),
+@dataclass(frozen=True)
+class Recipe:
+    """What is optimised: an objective, whole and in its two parts, and what its passes must hand out."""
+
+    loss: Loss
+    """Forget and retain terms together."""
+    sides: tuple[str, ...]
+    """Row sets of a step, in the order of the packed pass."""
+    forget: Loss | None = None
+    """The forget term alone, over all sides but `retain`."""
+    retain: Loss | None = None
+    """The weighted retain term alone, over the side `retain`."""
+    taps: Taps = field(default_factory=Taps)
+    around: Callable[[Turn], Tensor] | None = None
+    """Takes the step's gradients in another way than one backward pass of `loss`."""
+    inner: Loss | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Turn:
+    """One optimiser step as a method around an objective sees it: backward passes that add to `parameters`' grads."""
+
+    subject: LanguageModel
+    """The model in training."""
+    parameters: Sequence[nn.Parameter]
+    drawn: Drawn
+    recipe: Recipe
+    index: int
+    memory: dict[str, float]
+    frozen_head: Head
+    entries: Entries | None = None
+    micro_tokens: int = 16384
+    processes: int = 1
+    rank: int = 0
+    seen: dict[str, Side] = field(default_factory=dict)
+    """The sides of the last passes, for the log."""
+    shift: tuple[int, Tensor] | None = None
+
+    @property
+    def total(self) -> int:
+        return len(self.drawn.steps)
+
+    def rows(self, sides: Sequence[str]) -> list[Encoded]:
+        """The step's rows of these sides, in the order of the pass."""
+        step = self.drawn.steps[self.index]
+        return [self.drawn.rows[name][i] for name in sides for i in step[name]]
+
+    def backward(self, part: Literal["forget", "retain"] | None = None) -> Tensor:
+        """Add the gradient of the objective, or of one part of it; returns the loss."""
+        sides, loss = self._part(part)
+        if loss is None or not sides:
+            return torch.zeros((), device=self.subject.device)
+        before = None
+        if self.processes > 1:
+            before = [p.grad for p in self.parameters]
+            for p in self.parameters:
+                p.grad = None
+        value = _backward(self, sides, loss)
+        if before is not None:
+            for p, grad in zip(self.parameters, before):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else p.grad + grad
+        return value
+
+    def _part(self, part: str | None) -> tuple[tuple[str, ...], Loss | None]:
+        if part is None:
+            return self.recipe.sides, self.recipe.loss
+        if part == "retain":
+            return ("retain",) if "retain" in self.recipe.sides else (), self.recipe.retain
+        return tuple(side for side in self.recipe.sides if side != "retain"), self.recipe.forget
+
+    @contextmanager
+    def perturbed(self, layer: int, delta: Tensor) -> Iterator[None]:
+        """Within the block `delta` is added to what block `layer` gives out in forget passes.
+
+        delta (P, d): every fed token of the forget part's rows, row by row.
+        """
+        self.shift = (layer, delta)
+        try:
+            yield
+        finally:
+            self.shift = None
+
+    def positions(self) -> int:
+        """P: fed tokens of the forget part's rows."""
+        return sum(len(row.ids) - 1 for row in self.rows(self._part("forget")[0]))
+
+    def delta_gradient(self, loss: Loss) -> tuple[Tensor, Tensor]:
+        """(loss, its gradient with respect to the perturbation in force); parameters' gradients stay as they are.
+
+        Every process computes it for the whole step, so that all of them take the same perturbation.
+
+        Raises:
+            TrainingError: the forget rows of a step do not fit one pass.
+        """
+        assert self.shift is not None
+        sides = self._part("forget")[0]
+        rows = self.rows(sides)
+        if sum(len(row.ids) for row in rows) > self.micro_tokens:
+            raise TrainingError(
+                f"perturbations need a step's forget rows in one pass: {sum(len(r.ids) for r in rows)} tokens, but "
+                f"training.micro_tokens is {self.micro_tokens}. Raise it or lower training.batch_size."
+            )
+        value = loss(self._step(sides, self._states(rows, range(len(rows)))))
+        (gradient,) = torch.autograd.grad(value, self.shift[1])
+        return value.detach(), gradient
+
+    def _step(self, sides: Sequence[str], states: Mapping[str, Tensor]) -> Step:
+        made = _sides(self, sides, states)
+        self.seen.update(made)
+        epoch = self.index // self.drawn.per_epoch
+        return Step(made, self.index, self.total, epoch, self.recipe.given, self.memory, self.recipe.inner)
+
+    def _states(self, rows: Sequence[Encoded], members: Sequence[int]) -> dict[str, Tensor]:
+        """What the taps read in one pass over `members` of the part's rows."""
+        chosen = [rows[i] for i in members]
+        pack_ = pack(chosen, self.subject.device)
+        entry = self.entries.lay(pack_) if self.entries is not None else None
+        if not hasattr(self.subject, "states"):  # TEMPORARY
+            return {"final": self.subject.hidden_states(pack_)}
+        if self.shift is None:
+            return self.subject.states(pack_, self.recipe.taps, entry)
+        layer, delta = self.shift
+        starts = list(itertools.accumulate((len(row.ids) - 1 for row in rows), initial=0))
+        owner = torch.tensor([starts[members[row]] + at for row, at in pack_.owner], device=delta.device)
+        with self.subject.perturbed(layer, delta[owner]):
+            return self.subject.states(pack_, self.recipe.taps, entry)
+
+
+@dataclass
+class Entries:
+    """Inputs of the lowest block that anything moves in, per row: passes start there (the frozen prefix)."""
+
+    layer: int
+    states: dict[Encoded, Tensor]
+
+    def lay(self, pack_: Pack) -> tuple[int, Tensor]:
+        """(block, (packed tokens, d))"""
+        rows = [self.states[row] for row in pack_.rows]
+        starts = list(itertools.accumulate((len(part) for part in rows), initial=0))
+        index = torch.tensor([starts[row] + at for row, at in pack_.owner])
+        return self.layer, torch.cat(rows)[index.to(rows[0].device)]
+
+
+ENTRY_BYTES = 2 << 30
+"""Inputs of the lowest trained block are stored up to this size."""
+
+
+def entries(subject: LanguageModel, drawn: Drawn, layer: int | None) -> Entries | None:
+    """What the start model feeds into block `layer` for every row drawn, where storing it pays.
+
+    It pays where rows come more than once and fit `ENTRY_BYTES`; below a block 0 there is nothing to save.
+    """
+    if not layer or not getattr(subject, "can_enter", False):  # TEMPORARY
+        return None
+    chosen = [drawn.rows[side][i] for step in drawn.steps for side, places in step.items() for i in places]
+    rows = list(dict.fromkeys(chosen))
+    width = subject.model.config.get_text_config().hidden_size
+    size = sum(len(row.ids) for row in rows) * width * torch.finfo(subject.dtype).bits // 8
+    if size > ENTRY_BYTES or len(chosen) < 1.5 * len(rows):
+        return None
+    return Entries(layer, dict(zip(rows, subject.entries(rows, layer))))
+
+
+def _sides(turn: Turn, sides: Sequence[str], states: Mapping[str, Tensor]) -> dict[str, Side]:
+    """Cut what one pass (or several, put together) handed out into the sides it came from."""
+    subject, taps = turn.subject, turn.recipe.taps
+    step = turn.drawn.steps[turn.index]
+    device = next(iter(states.values())).device
+    made: dict[str, Side] = {}
+    answers = positions = 0
+    for name in sides:
+        rows = [turn.drawn.rows[name][i] for i in step[name]]
+        lengths = torch.tensor([row.scored for row in rows], device=device)
+        fed = torch.tensor([_tapped(row, taps) for row in rows], device=device)
+        answer = slice(answers, answers + int(lengths.sum()))
+        tapped = slice(positions, positions + int(fed.sum()))
+        constants = turn.drawn.constants.get(name, [])
+        stored = [constants[i] for i in step[name]] if constants else []
+        made[name] = Side(
+            hidden=states["final"][answer] if "final" in states else states[next(iter(states))][:0],
+            target=torch.tensor([t for row in rows for t in row.ids[row.start :]], device=device),
+            row=torch.repeat_interleave(torch.arange(len(rows), device=device), lengths),
             count=len(rows),
             head=subject.head,
-            frozen_head=frozen_head,
+            frozen_head=turn.frozen_head,
             vocabulary=subject.vocabulary,
             linear_head=subject.linear_head,
             constants={key: torch.cat([row[key] for row in stored]) for key in (stored[0] if stored else {})},
+            layers={layer: states[f"layer.{layer}"][tapped] for layer in taps.layers},
+            routers={layer: states[f"router.{layer}"][tapped] for layer in taps.routers},
         )
-        start = stop
-    return sides
+        answers, positions = answer.stop, tapped.stop
+    return made
 
 
-def gradients(
-    subject: LanguageModel,
-    drawn: Drawn,
-    index: int,
-    loss: Loss,
-    *,
-    frozen_head: Head,
-    micro_tokens: int,
-    processes: int = 1,
-    rank: int = 0,
-) -> tuple[Tensor, dict[str, Side]]:
-    """Backward of one step; returns its loss.
+def _tapped(row: Encoded, taps: Taps) -> int:
+    """Positions of a row that taps read."""
+    return row.scored if taps.positions == "answer" else len(row.ids) - 1
 
-    A step that is too large for one pass, or shared by several processes, runs the decoder without gradients first,
-    takes the objective's gradient at the final hidden states, and then runs each part with gradients: the objective
-    always sees the whole step, so the trajectory does not depend on how it was split.
+
+def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
+    """Backward of one part of a step; returns its loss.
+
+    A part that is too large for one pass, or shared by several processes, runs the decoder without gradients first,
+    takes the objective's gradient at what the taps read, and then runs each piece with gradients: the objective always
+    sees the whole step, so the trajectory does not depend on how it was split.
     """
-    step = drawn.steps[index]
-    rows = [drawn.rows[name][i] for name, places in step.items() for i in places]
-    total = len(drawn.steps)
-    if processes == 1 and sum(len(row.ids) for row in rows) <= micro_tokens:
-        sides = _sides(subject, drawn, step, subject.hidden_states(pack(rows, subject.device)), frozen_head)
-        value = loss(Step(sides, index, total))
+    subject, taps, processes = turn.subject, turn.recipe.taps, turn.processes
+    rows = turn.rows(sides)
+    if processes == 1 and sum(len(row.ids) for row in rows) <= turn.micro_tokens:
+        value = loss(turn._step(sides, turn._states(rows, range(len(rows)))))
         value.backward()  # type: ignore[no-untyped-call]
-        return value.detach(), sides
+        return value.detach()
 
-    mine = [i for i in range(len(rows)) if i % processes == rank]
-    groups = [[mine[i] for i in group] for group in batches([rows[i] for i in mine], micro_tokens)]
-    lengths = [row.scored for row in rows]
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
+    mine = [i for i in range(len(rows)) if i % processes == turn.rank]
+    groups = [[mine[i] for i in group] for group in batches([rows[i] for i in mine], turn.micro_tokens)]
+    answers = list(itertools.accumulate((row.scored for row in rows), initial=0))
+    fed = list(itertools.accumulate((_tapped(row, taps) for row in rows), initial=0))
 
-    def places(group: Iterable[int]) -> Tensor:
+    def places(key: str, group: Iterable[int]) -> Tensor:
+        starts = answers if key == "final" else fed
         return torch.cat([torch.arange(starts[i], starts[i + 1], device=subject.device) for i in group])
 
-    width = 0
-    parts = []
+    keys = ["final"] if taps.final else []
+    keys += [*(f"layer.{layer}" for layer in taps.layers), *(f"router.{layer}" for layer in taps.routers)]
     with torch.no_grad():
-        for group in groups:
-            parts.append((places(group), subject.hidden_states(pack([rows[i] for i in group], subject.device))))
-            width = parts[-1][1].shape[1]
-    if processes > 1:
-        sizes = torch.tensor([width], device=subject.device)
-        torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
-        width = int(sizes)
-    hidden = torch.zeros(starts[-1], width, dtype=subject.dtype, device=subject.device)
-    for at, states in parts:
-        hidden[at] = states
-    if processes > 1:
-        torch.distributed.all_reduce(hidden)
-    hidden.requires_grad_()
-    sides = _sides(subject, drawn, step, hidden, frozen_head)
-    value = loss(Step(sides, index, total))
+        parts = [(group, turn._states(rows, group)) for group in groups]
+    whole: dict[str, Tensor] = {}
+    for key in keys:
+        width = parts[0][1][key].shape[1] if parts else 0
+        if processes > 1:
+            sizes = torch.tensor([width], device=subject.device)
+            torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
+            width = int(sizes)
+        count = (answers if key == "final" else fed)[-1]
+        whole[key] = torch.zeros(count, width, dtype=subject.dtype, device=subject.device)
+        for group, states in parts:
+            whole[key][places(key, group)] = states[key]
+        if processes > 1:
+            torch.distributed.all_reduce(whole[key])
+        whole[key].requires_grad_()
+    del parts
+    value = loss(turn._step(sides, whole))
     value.backward()  # type: ignore[no-untyped-call]
-    trained = [p for p in subject.model.parameters() if p.requires_grad]
     if processes > 1:
         # Every process took the same gradient of the head; the sum over processes below must count it once.
-        for parameter in trained:
+        for parameter in turn.parameters:
             if parameter.grad is not None:
                 parameter.grad /= processes
-    assert hidden.grad is not None
     for group in groups:
-        states = subject.hidden_states(pack([rows[i] for i in group], subject.device))
-        if states.requires_grad:
-            states.backward(hidden.grad[places(group)])  # type: ignore[no-untyped-call]
+        states = turn._states(rows, group)
+        pairs = [
+            (states[key], gradient[places(key, group)])
+            for key in keys
+            if states[key].requires_grad and (gradient := whole[key].grad) is not None
+        ]
+        if pairs:
+            torch.autograd.backward([state for state, _ in pairs], [gradient for _, gradient in pairs])
     if processes > 1:
-        for parameter in trained:
+        for parameter in turn.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
-    return value.detach(), sides
+    return value.detach()
 
 
 def _factor(training: Training, index: int, total: int) -> float:
@@ -269,6 +464,8 @@ def _factor(training: Training, index: int, total: int) -> float:
 class Log:
     """What happened, step by step."""
 
+    memory: dict[str, float] = field(default_factory=dict)
+    """What the objective kept from step to step, as it was at the end."""
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
     nll: dict[str, list[float]] = field(default_factory=dict)
@@ -285,11 +482,12 @@ def train(
     subject: LanguageModel,
     parameters: Sequence[nn.Parameter],
     drawn: Drawn,
-    loss: Loss,
+    recipe: Recipe,
     training: Training,
     *,
     held_out: Sequence[Encoded] = (),
     frozen_head: Head | None = None,
+    entries: Entries | None = None,
     checkpoint: Path | None = None,
     key: str = "",
     evaluate_at: Sequence[int] = (),
@@ -302,6 +500,8 @@ def train(
 
     Args:
         held_out: rows the guard watches; none turns it off.
+        frozen_head: the start model's head, where the scope moves it.
+        entries: stored inputs of the lowest block that moves.
         checkpoint: folder for the state of a run that may be killed; `key` says which run it belongs to.
         evaluate: called before the first step (0) and after steps named in `evaluate_at`.
 
@@ -341,16 +541,20 @@ def train(
         while index < total and not log.stopped_by_guard:
             for group in optimiser.param_groups:
                 group["lr"] = training.learning_rate * _factor(training, index, total)
-            value, sides = gradients(
+            turn = Turn(
                 subject,
+                parameters,
                 drawn,
+                recipe,
                 index,
-                loss,
-                frozen_head=frozen_head or subject.head,
-                micro_tokens=training.micro_tokens,
-                processes=processes.num_processes,
-                rank=processes.process_index,
+                log.memory,
+                frozen_head or subject.head,
+                entries,
+                training.micro_tokens,
+                processes.num_processes,
+                processes.process_index,
             )
+            value = turn.backward() if recipe.around is None else recipe.around(turn)
             if not torch.isfinite(value):
                 raise TrainingError(
                     f"the loss is {float(value)} at step {index + 1} of {total}; nothing was written. "
@@ -369,7 +573,7 @@ def train(
             _write_back(parameters, masters)
             log.loss.append(float(value))
             log.gradient_norm.append(float(norm))
-            for name, side in sides.items():
+            for name, side in turn.seen.items():
                 if "token_logprob" in side.__dict__:
                     log.nll.setdefault(name, []).append(float(-side.token_logprob.detach().mean()))
             index += 1
@@ -532,7 +736,7 @@ def fit(
             subject,
             parameters,
             drawn,
-            lambda step: negative_log_likelihood(step.sides["rows"]),
+            Recipe(lambda step: negative_log_likelihood(step.sides["rows"]), ("rows",)),
             training,
             evaluate_at=evaluate_at,
             evaluate=evaluate,

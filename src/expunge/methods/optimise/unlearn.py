@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import registry
 from ...cards import MethodCard
 from ...deltas import Delta
-from ...errors import RequestError, RowError, ScopeError
+from ...errors import ParameterError, RequestError, RowError, ScopeError
 from ...registry import Part
 from ...rows import Row
 from ...subjects.anatomy import anatomy
-from ...subjects.language import LanguageModel, Progress
+from ...subjects.language import LanguageModel, Progress, Taps
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
-from .loop import Drawn, Training, draw, references, train
+from .loop import Drawn, Recipe, Training, activations, draw, entries, references, train
 from .scope import LoraSpec, Resolved, resolve
 from .terms import Step
 
@@ -33,24 +35,62 @@ class Outcome:
     delta: Delta
     summary: dict[str, Any]
     """Resolved settings, scope, training log, counts: everything the report says about the method."""
+    subject: LanguageModel | None = None
+    """The trained working copy; with adapters it still carries them."""
+
+
+@dataclass
+class Preparation:
+    """What a method's `prepare` sees, and fills, once before training."""
+
+    subject: LanguageModel
+    """The start model."""
+    settings: dict[str, Any]
+    """The method's own parameters; those of the outer method where it is around another one, in its own turn."""
+    scope: str | Mapping[str, Any] | None
+    """What the user asked for; None leaves it to the method."""
+    data: Mapping[str, list[Row]]
+    rows: dict[str, list[Encoded]]
+    """Tokens of every side."""
+    training: Training
+    folder: Path | None = None
+    progress: Progress | None = None
+    taps: Taps = field(default_factory=Taps)
+    constants: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
+    """Per side and row."""
+    given: dict[str, Any] = field(default_factory=dict)
+    """What objectives find in `step.given`."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Plain values for the report."""
+    warnings: list[str] = field(default_factory=list)
+    dry: bool = False
+    """Only `scope` and `taps` are wanted: the subject may be without weights, nothing is trained."""
+
+    @property
+    def seed(self) -> int:
+        return self.training.seed
 
 
 def unlearn(
     subject: LanguageModel,
     part: Part,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     *,
-    scope: str | dict[str, Any],
-    data: dict[str, list[Row]],
+    scope: str | Mapping[str, Any] | None,
+    data: Mapping[str, list[Row]],
     training: Training,
     folder: Path | None = None,
+    evaluate_at: Sequence[int] = (),
+    evaluate: Callable[[LanguageModel, int], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run an `optimise` method. The subject is not changed; the delta leads from it to the changed model.
 
     Args:
+        scope: which weights may move; None takes the method's own (`all` unless it says otherwise).
         data: row sets by name; `forget` and `retain` are trained on.
         folder: where a killed run finds its checkpoint again; None runs without.
+        evaluate: called with the model in training after the steps in `evaluate_at` (0 is before the first).
 
     Raises:
         RequestError: rows the objective needs are missing.
@@ -58,16 +98,12 @@ def unlearn(
         ScopeError: the scope matches nothing that can move.
         TrainingError: the loss is not finite.
     """
-    chosen = part.resolve(settings)
-    resolved = resolve(scope, subject.model)
-    generator = torch.Generator().manual_seed(training.seed)
-    sides = _sides(part, chosen)
-    rows, held_out = _rows(subject, part, chosen, sides, data, training, generator)
-    leading = [side for side in sides if side != "retain"]
-    drawn = draw(rows, leading, training=training, generator=generator, count=len(data.get("forget", [])))
-    _needs(subject, part, chosen, drawn)
+    setup = set_up(subject, part, settings, scope=scope, data=data, training=training, folder=folder, progress=progress)
+    case, resolved, drawn = setup.case, setup.resolved, setup.drawn
+    chosen, rows = setup.chain[0][1], drawn.rows
+    _needs(case, setup.needs, drawn)
 
-    working, parameters = _working_copy(subject, resolved)
+    working, parameters, finish = _working_copy(case, resolved)
     key = content_key(
         subject.fingerprint,
         part.name,
@@ -80,12 +116,15 @@ def unlearn(
         working,
         parameters,
         drawn,
-        lambda step: _objective(part, step, chosen),
+        _recipe(setup),
         training,
-        held_out=held_out,
+        held_out=setup.held_out,
         frozen_head=subject.head,
+        entries=entries(subject, drawn, resolved.first_layer),
         checkpoint=folder / "checkpoint" if folder is not None and parameters else None,
         key=key,
+        evaluate_at=evaluate_at,
+        evaluate=None if evaluate is None else lambda step: evaluate(working, step),
         progress=progress,
     )
     tokens, answers = drawn.tokens
@@ -104,23 +143,135 @@ def unlearn(
         "seconds": log.seconds,
         "stopped_by_guard": log.stopped_by_guard,
         "stepped_back_to": log.stepped_back_to if log.stopped_by_guard else None,
-        "warnings": log.warnings,
+        "warnings": [*case.warnings, *log.warnings],
+        **({"prepared": case.summary} if case.summary else {}),
     }
     lineage = {"method": part.name, "settings": chosen, "scope": resolved.json()["form"], "key": key}
-    return Outcome(_delta(subject, working, resolved, lineage), summary)
+    finish()
+    return Outcome(_delta(subject, working, resolved, lineage), summary, working)
 
 
-def _objective(part: Part, step: Step, settings: dict[str, Any]) -> Tensor:
-    return part.function(step, **settings)
+Chain = list[tuple[Part, dict[str, Any]]]
+"""A method with its settings, and behind it the objective inside, if it is around one."""
 
 
-def _sides(part: Part, settings: dict[str, Any]) -> list[str]:
-    """Which row sets a step of this objective reads, in the order of the packed pass."""
-    assert isinstance(part.card, MethodCard)
-    named = {need.split(".")[0] for need in part.card.needs}
-    if settings.get("retain", "none") != "none":
-        named.add("retain")
-    return [side for side in ("forget", "alternative", "retain") if side in named]
+@dataclass
+class Setup:
+    """Everything a run decides before it computes anything on the model."""
+
+    chain: Chain
+    needs: set[str]
+    case: Preparation
+    resolved: Resolved
+    drawn: Drawn
+    held_out: list[Encoded]
+    """Retain rows that the guard watches and nobody trains on."""
+
+
+def set_up(
+    subject: LanguageModel,
+    part: Part,
+    settings: Mapping[str, Any],
+    *,
+    scope: str | Mapping[str, Any] | None,
+    data: Mapping[str, list[Row]],
+    training: Training,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    dry: bool = False,
+) -> Setup:
+    """Resolve the method, encode the rows, prepare, resolve the scope, draw all steps.
+
+    Args:
+        dry: for plans and checks: the subject may be without weights.
+
+    Raises:
+        ParameterError, RequestError, RowError, ScopeError: what would stop the run.
+    """
+    chosen = part.resolve(settings)
+    chain = _chain(part, chosen)
+    inner, inner_settings = chain[-1]
+    generator = torch.Generator().manual_seed(training.seed)
+    needs, sides = _reads(chain)
+    rows, held_out = _rows(subject, inner, inner_settings, sides, data, training, generator)
+    case = Preparation(subject, chosen, scope, data, rows, training, folder, progress, dry=dry)
+    for one, own in reversed(chain):
+        if one.prepare is not None:
+            case.settings = own
+            one.prepare(case)
+    resolved = resolve("all" if case.scope is None else case.scope, subject.model)
+    leading = [side for side in sides if side != "retain"] or sides
+    # Alternatives come in several variants of the forget rows: an epoch still is one pass over the latter.
+    count = len(data.get("forget", [])) if leading != ["retain"] else None
+    drawn = draw(rows, leading, training=training, generator=generator, count=count)
+    return Setup(chain, needs, case, resolved, drawn, held_out)
+
+
+def _chain(part: Part, settings: dict[str, Any]) -> Chain:
+    """
+    Raises:
+        ParameterError: the objective inside is itself around another one, or takes no single step.
+    """
+    chain: Chain = [(part, settings)]
+    if "objective" in settings:
+        asked = settings["objective"]
+        if not isinstance(asked, str) and len(asked) != 1:
+            raise ParameterError(f"{part.name}: objective is {asked!r}; expected a name, or one name with its settings")
+        name, own = (asked, {}) if isinstance(asked, str) else next(iter(asked.items()))
+        inner = registry.get("methods", name)
+        resolved = inner.resolve(own)
+        if inner.card.kind != "optimise" or "objective" in resolved or "retain" not in resolved:
+            raise ParameterError(
+                f"{part.name}: objective {name!r} cannot stand inside another method; expected a plain objective such "
+                "as npo, grad_diff or rmu"
+            )
+        chain.append((inner, resolved))
+    return chain
+
+
+def _reads(chain: Chain) -> tuple[set[str], list[str]]:
+    """(named needs, row sets of a step in the order of the packed pass)."""
+    needs: set[str] = set()
+    for part, settings in chain:
+        assert isinstance(part.card, MethodCard)
+        needs |= set(part.card.needs)
+        if settings.get("retain", "none") != "none":
+            needs.add("retain")
+        if settings.get("retain") == "kl":
+            needs.add("retain.reference_hidden")
+    named = {need.split(".")[0] for need in needs}
+    return needs, [side for side in ("forget", "alternative", "retain") if side in named]
+
+
+def _recipe(setup: Setup) -> Recipe:
+    chain, case = setup.chain, setup.case
+    outer, outer_settings = chain[0]
+    part, settings = chain[-1]
+
+    def whole(step: Step) -> Tensor:
+        return part.function(step, **settings)
+
+    def forget(step: Step) -> Tensor:
+        return part.function(step, **{**settings, "retain": "none"})
+
+    def retain(step: Step) -> Tensor:
+        term = step.retain_term(settings["retain"])
+        return settings["retain_weight"] * torch.as_tensor(term, device=case.subject.device)
+
+    splits = "retain" in settings and "retain_weight" in settings
+    recipe = Recipe(
+        loss=whole,
+        sides=tuple(setup.drawn.rows),
+        forget=forget if splits else whole,
+        retain=retain if splits else None,
+        taps=case.taps,
+        given=case.given,
+    )
+    if len(chain) == 1:
+        return recipe
+    if next(iter(inspect.signature(outer.function).parameters)) == "turn":
+        return replace(recipe, around=lambda turn: outer.function(turn, **outer_settings))
+    return replace(recipe, loss=lambda step: outer.function(step, **outer_settings), inner=whole)
 
 
 def _rows(
@@ -128,7 +279,7 @@ def _rows(
     part: Part,
     settings: dict[str, Any],
     sides: Sequence[str],
-    data: dict[str, list[Row]],
+    data: Mapping[str, list[Row]],
     training: Training,
     generator: torch.Generator,
 ) -> tuple[dict[str, list[Encoded]], list[Encoded]]:
@@ -184,25 +335,30 @@ def _alternatives(
     return found
 
 
-def _needs(subject: LanguageModel, part: Part, settings: dict[str, Any], drawn: Drawn) -> None:
+def _needs(case: Preparation, needs: set[str], drawn: Drawn) -> None:
     """Compute what does not change during training, once, for the rows that were drawn."""
-    assert isinstance(part.card, MethodCard)
-    needs = set(part.card.needs)
-    if settings.get("retain") == "kl":
-        needs.add("retain.reference_hidden")
+    drawn.constants.update(case.constants)
     for need in sorted(needs):
         side, _, quantity = need.partition(".")
-        if not quantity:
+        if not quantity or side not in drawn.rows:
             continue
         used = sorted({i for step in drawn.steps for i in step[side]})
-        values = references(subject, [drawn.rows[side][i] for i in used], hidden=quantity == "reference_hidden")
+        rows = [drawn.rows[side][i] for i in used]
+        if quantity == "layers":
+            values = activations(case.subject, rows, case.taps)
+        else:
+            values = references(case.subject, rows, hidden=quantity == "reference_hidden")
         stored = drawn.constants.setdefault(side, [{} for _ in drawn.rows[side]])
         for i, value in zip(used, values):
             stored[i].update(value)
 
 
-def _working_copy(subject: LanguageModel, resolved: Resolved) -> tuple[LanguageModel, list[nn.Parameter]]:
-    """A subject whose scope may move, sharing every other tensor with the base; and its moving parameters."""
+def _working_copy(
+    case: Preparation, resolved: Resolved
+) -> tuple[LanguageModel, list[nn.Parameter], Callable[[], None]]:
+    """A subject whose scope may move, sharing every other tensor with the base; its moving parameters; and what is to
+    be called after training."""
+    subject = case.subject
     moving = {name for name, _ in resolved.parameters}
     memo: dict[int, Any] = {id(p): p for name, p in subject.model.named_parameters() if name not in moving}
     working = subject.with_model(copy.deepcopy(subject.model, memo))
@@ -215,7 +371,7 @@ def _working_copy(subject: LanguageModel, resolved: Resolved) -> tuple[LanguageM
         # Under adapters a wrapped layer's own tensor has another name.
         if name.replace(".base_layer.", ".") in moving or ".lora_" in name:
             parameters.append(parameter.requires_grad_(True))
-    return working, parameters
+    return working, parameters, lambda: None
 
 
 def _add_adapters(model: nn.Module, spec: LoraSpec) -> None:
