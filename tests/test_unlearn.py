@@ -156,23 +156,23 @@ def test_parameters_are_checked_by_name_and_kind():
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_delta(tmp_path, monkeypatch):
-    from expunge.methods.optimise import loop
+    from expunge.methods.optimise.loop import Turn
 
     subject = LanguageModel(*tiny("llama"))
     training = Training(steps=6, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
     whole = run(subject, "npo", training=training)
-    original, count = loop.gradients, []
+    original, count = Turn.backward, []
 
-    def dies(*arguments, **options):
+    def dies(turn):
         if len(count) == 4:
             raise SystemExit
         count.append(1)
-        return original(*arguments, **options)
+        return original(turn)
 
-    monkeypatch.setattr(loop, "gradients", dies)
+    monkeypatch.setattr(Turn, "backward", dies)
     with pytest.raises(SystemExit):
         run(subject, "npo", training=training, folder=tmp_path)
-    monkeypatch.setattr(loop, "gradients", original)
+    monkeypatch.setattr(Turn, "backward", original)
     resumed = run(subject, "npo", training=training, folder=tmp_path)
     for name, entry in whole.delta.entries.items():
         assert torch.equal(entry["difference"], resumed.delta.entries[name]["difference"])

@@ -56,6 +56,28 @@ class Taps:
     """Where layers and routers are read: every fed token of every row, or those that predict the answer."""
 
 
+class _Stop(Exception):
+    """Ends a pass after the highest block that anybody looks at."""
+
+
+class _Skipped(nn.Module):
+    """Stands in for a block whose output nobody needs; whatever the decoder's loop asks of it the block answers."""
+
+    def __init__(self, block: nn.Module, others: int) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+        self.others = others
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden_states if self.others < 0 else (hidden_states, *([None] * self.others))
+
+
 class _States:
     """A decoder's output with nothing but its last hidden states; whatever else a head asks for is None."""
 
@@ -94,6 +116,8 @@ class LanguageModel:
         self.base: LanguageModel | None = None
         """The subject that a delta was applied to, where this one was made so."""
         self._mode: str | None = None
+        self._can_enter: bool | None = None
+        self._parts: list[tuple[str, str | None]] | None = None
 
     # --- loading, saving, identity ---------------------------------------------------------------------------
 
@@ -177,7 +201,7 @@ class LanguageModel:
     def with_model(self, model: nn.Module, name: str | None = None) -> LanguageModel:
         """The same subject around other weights."""
         made = LanguageModel(model, self.tokenizer, name or self.name, self.template)
-        made._mode = self._mode
+        made._mode, made._can_enter, made._parts = self._mode, self._can_enter, self._parts
         return made
 
     def copy(self) -> LanguageModel:
@@ -362,6 +386,193 @@ class LanguageModel:
             return torch.cat([self._row_states(row) for row in pack_.rows])
         with self.packing(pack_):
             return self.run_decoder(pack_)[pack_.predict]
+
+    def states(self, pack_: Pack, taps: Taps, entry: tuple[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """What one pass hands out; gradients flow where enabled.
+
+        Args:
+            entry: (k, input of block k (packed tokens, d)): the pass starts there and blocks below are not run.
+
+        Returns:
+            "final" (A, d) states at the positions that predict answer tokens; "layer.7" (P, d) residual stream after
+            block 7, before the final norm; "router.7" (P, E) router logits. P positions: all fed tokens of every row in
+            turn (`pack_.every`), or those that predict the answer (`pack_.predict`).
+
+        Raises:
+            SubjectError: a tapped block does not exist or has no router, or the model cannot be entered.
+        """
+        if self.mode == "rows":
+            parts = [self._row_reading(row, taps) for row in pack_.rows]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        with self._entering(entry), self.packing(pack_):
+            read = self._reading(taps, lambda: self.run_decoder(pack_))
+        places = pack_.every if taps.positions == "all" else pack_.predict
+        return {name: values[pack_.predict if name == "final" else places] for name, values in read.items()}
+
+    def _row_reading(self, row: Encoded, taps: Taps) -> dict[str, Tensor]:
+        ids = torch.tensor([row.ids[:-1]], device=self.device)
+        read = self._reading(taps, lambda: self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0])
+        first = row.start - 1
+        return {
+            name: values[first:] if name == "final" or taps.positions == "answer" else values
+            for name, values in read.items()
+        }
+
+    def _reading(self, taps: Taps, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Run a pass under hooks: every tap's values at all of its tokens."""
+        if taps == Taps():
+            return {"final": run()}
+        found: dict[str, Tensor] = {}
+        handles = []
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                found[name] = (output[0] if isinstance(output, tuple) else output)[0]
+
+            return hook
+
+        def route(name: str, weight: str) -> Callable[..., None]:
+            # From the router's input: what its own output means differs from model to model.
+            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                inputs = arguments[0] if arguments else next(iter(named.values()))
+                matrix = self.model.get_parameter(weight)
+                found[name] = torch.nn.functional.linear(inputs.reshape(-1, matrix.shape[1]).to(matrix.dtype), matrix)
+
+            return hook
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        blocks = self.blocks
+        try:
+            for layer in taps.layers:
+                self._check_layer(layer)
+                handles.append(self.model.get_submodule(blocks[layer][0]).register_forward_hook(keep(f"layer.{layer}")))
+            for layer in taps.routers:
+                self._check_layer(layer)
+                weight = blocks[layer][1]
+                if weight is None:
+                    raise SubjectError(f"block {layer} of {self.name} has no router; it is dense")
+                owner = self.model.get_submodule(weight.rpartition(".")[0])
+                hook = route(f"router.{layer}", weight)
+                handles.append(owner.register_forward_pre_hook(hook, with_kwargs=True))
+            if not taps.final:
+                last = max((*taps.layers, *taps.routers))
+                handles.append(self.model.get_submodule(blocks[last][0]).register_forward_hook(stop))
+            try:
+                final = run()
+            except _Stop:
+                return found
+            return {"final": final, **found} if taps.final else found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < len(self.blocks):
+            raise SubjectError(f"{self.name} has blocks 0-{len(self.blocks) - 1}, there is no block {layer}")
+
+    @property
+    def blocks(self) -> list[tuple[str, str | None]]:
+        """(module name, name of the router's matrix or None) of every decoder block."""
+        if self._parts is None:
+            from .anatomy import anatomy
+
+            shapes = {name: p.dim() for name, p in self.model.named_parameters()}
+            self._parts = [
+                (block.name, next((name for name in block.router if shapes[name] == 2), None))
+                for block in anatomy(self.model).blocks
+            ]
+        return self._parts
+
+    @contextmanager
+    def _entering(self, entry: tuple[int, Tensor] | None) -> Iterator[None]:
+        """Within the block a pass runs no block below `entry[0]`, which gets `entry[1]` as its input."""
+        if entry is None:
+            yield
+            return
+        layer, states = entry
+        names = [name for name, _ in self.blocks]
+        owner: nn.Module = self.model.get_submodule(names[0].rpartition(".")[0])
+        before = dict(owner._modules)
+        at = self.model.get_submodule(names[layer])
+
+        def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if arguments:
+                return (states[None], *arguments[1:]), named
+            return arguments, {**named, "hidden_states": states[None]}
+
+        handle = at.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            for index in range(layer):
+                key = names[index].rpartition(".")[2]
+                module = before[key]
+                assert module is not None
+                owner._modules[key] = _Skipped(module, self._others)
+            yield
+        finally:
+            handle.remove()
+            owner._modules.update(before)
+
+    @cached_property
+    def _others(self) -> int:
+        """What a block gives besides hidden states: -1 where it gives a plain tensor, else the number of others."""
+        found: list[int] = []
+
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(len(output) - 1 if isinstance(output, tuple) else -1)
+            raise _Stop
+
+        handle = self.model.get_submodule(self.blocks[0][0]).register_forward_hook(look)
+        try:
+            with torch.no_grad():
+                self.decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    @property
+    def can_enter(self) -> bool:
+        """Whether passes may start at a block above the first; tried once on a few rows."""
+        if self._can_enter is None:
+            self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and _enters(self)
+        return self._can_enter
+
+    @torch.no_grad()
+    def entries(self, rows: Sequence[Encoded], layer: int) -> list[Tensor]:
+        """Per row the input of block `layer` (at least 1) at its fed tokens, (len - 1, d)."""
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        taps = Taps(final=False, layers=(layer - 1,))
+        for group in batches(rows, TOKEN_BUDGET):
+            pack_ = pack([rows[i] for i in group], self.device)
+            parts = self.states(pack_, taps)[f"layer.{layer - 1}"].split([len(rows[i].ids) - 1 for i in group])
+            for index, part in zip(group, parts):
+                found[index] = part.clone()
+        return found
+
+    @contextmanager
+    def perturbed(self, layer: int, delta: Tensor) -> Iterator[None]:
+        """Within the block `delta` (packed tokens, d) is added to what block `layer` gives out.
+
+        Raises:
+            SubjectError: there is no such block, or the model takes no packed rows.
+        """
+        self._check_layer(layer)
+        if self.mode == "rows":
+            raise SubjectError(f"{self.name} takes no packed rows, so its activations cannot be perturbed")
+
+        def shift(_: nn.Module, __: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (output[0] + delta.to(output[0].dtype), *output[1:])
+            return output + delta.to(output.dtype)
+
+        handle = self.model.get_submodule(self.blocks[layer][0]).register_forward_hook(shift)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def packing(self, pack_: Pack) -> Iterator[None]:
@@ -661,6 +872,24 @@ def _choose_mode(model: LanguageModel) -> str:
         if states.shape == plain.shape and float((states - plain).abs().max()) <= tolerance:
             return mode
     return "rows"
+
+
+def _enters(model: LanguageModel) -> bool:
+    """Whether a pass that starts at block 1 equals a whole one."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.vocabulary, (4, 9), generator=generator).tolist()
+    rows = [Encoded((*ids[0][:5], *row), 8, 0, "") for row in ids]
+    pack_ = pack(rows, model.device)
+    with torch.no_grad():
+        whole = model.hidden_states(pack_).float()
+        try:
+            stored = torch.cat(model.entries(rows, 1))
+            starts = [sum(len(row.ids) - 1 for row in rows[:i]) for i in range(len(rows))]
+            index = torch.tensor([starts[row] + at for row, at in pack_.owner], device=model.device)
+            entered = model.states(pack_, Taps(), (1, stored[index]))["final"].float()
+        except Exception:  # any failure means that this model cannot be entered
+            return False
+    return bool((whole - entered).abs().max() <= 1e-5 * whole.abs().max())
 
 
 @subject(modality=("language",))

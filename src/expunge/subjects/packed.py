@@ -61,6 +61,8 @@ class Family:
 class Pack:
     """Rows laid end to end.
 
+    `every` (P,) holds the packed position of each fed token of each row, row by row; rows that share tokens name one
+    position. `owner[i]` is the (row, position in it) that packed token i was taken from.
     `predict[j]` is the packed position whose output predicts answer token j, `target[j]` that token, `row[j]` the row
     it belongs to; answer tokens are ordered by row, then by position.
     """
@@ -73,6 +75,8 @@ class Pack:
     target: Tensor
     row: Tensor
     rows: list[Encoded]
+    every: Tensor
+    owner: list[tuple[int, int]]
     masks: dict[Any, Tensor | None] = field(default_factory=dict)
 
     @cached_property
@@ -145,11 +149,14 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
     ids: list[int] = []
     positions: list[int] = []
     families: list[Family] = []
+    owner: list[tuple[int, int]] = []
     if beginning:
         ids += next(iter(prompts))[:beginning]
         positions += range(beginning)
+        owner += ((0, at) for at in range(beginning))
         families.append(Family(0, beginning, None))
     predict: list[list[int]] = [[] for _ in rows]
+    every: list[list[int]] = [[] for _ in rows]
 
     def length(prompt: tuple[int, ...]) -> int:
         return len(prompt) - beginning + sum(rows[i].scored - 1 for i in prompts[prompt])
@@ -160,11 +167,14 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
         start = len(ids)
         ids += prompt[beginning:]
         positions += range(beginning, len(prompt))
+        owner += ((members[0], at) for at in range(beginning, len(prompt)))
         branch = [0] * (len(prompt) - beginning)
         last = len(ids) - 1
         for number, index in enumerate(members, start=1):
             fed = rows[index].ids[len(prompt) : -1]
             predict[index] = [last, *range(len(ids), len(ids) + len(fed))]
+            every[index] = [*range(beginning), *range(start, last + 1), *predict[index][1:]]
+            owner += ((index, at) for at in range(len(prompt), len(prompt) + len(fed)))
             ids += fed
             positions += range(len(prompt), len(prompt) + len(fed))
             branch += [number] * len(fed)
@@ -183,6 +193,8 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
         target=tensor([token for row in rows for token in row.ids[row.start :]]),
         row=tensor([index for index, row in enumerate(rows) for _ in range(row.scored)]),
         rows=list(rows),
+        every=tensor([position for row in every for position in row]),
+        owner=owner,
     )
 
 

@@ -298,8 +298,6 @@ class Turn:
         chosen = [rows[i] for i in members]
         pack_ = pack(chosen, self.subject.device)
         entry = self.entries.lay(pack_) if self.entries is not None else None
-        if not hasattr(self.subject, "states"):  # TEMPORARY
-            return {"final": self.subject.hidden_states(pack_)}
         if self.shift is None:
             return self.subject.states(pack_, self.recipe.taps, entry)
         layer, delta = self.shift
@@ -333,7 +331,7 @@ def entries(subject: LanguageModel, drawn: Drawn, layer: int | None) -> Entries 
 
     It pays where rows come more than once and fit `ENTRY_BYTES`; below a block 0 there is nothing to save.
     """
-    if not layer or not getattr(subject, "can_enter", False):  # TEMPORARY
+    if not layer or not subject.can_enter:
         return None
     chosen = [drawn.rows[side][i] for step in drawn.steps for side, places in step.items() for i in places]
     rows = list(dict.fromkeys(chosen))

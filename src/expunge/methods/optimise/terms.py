@@ -20,7 +20,8 @@ Objective = str | dict[str, dict[str, Any]]
 """An objective inside another method: its name, or {name: {parameter: value}}."""
 
 RetainTerm = Literal["none", "nll", "kl"]
-"""none; nll: likelihood of retain answers (GDR); kl: stay with the start model on them (KLR)."""
+"""none; nll: likelihood of retain answers (GDR); kl: stay with the start model on them (KLR). Objectives that read
+layers know `hidden` as well: stay with the start model's activations."""
 
 Alternatives = Literal["refusal", "perturbed"]
 """What preference methods prefer to the forgotten answer: a refusal, or one of the row's perturbed answers."""
@@ -120,8 +121,10 @@ class Step:
         """What is to be said instead, row by row beside `forget`."""
         return self.sides["alternative"]
 
-    def retain_term(self, kind: RetainTerm) -> Tensor | float:
+    def retain_term(self, kind: RetainTerm | Literal["hidden"]) -> Tensor | float:
         """The term that keeps what must be kept; 0 for `none`."""
+        if kind == "hidden":
+            return drift(self.retain)
         if kind == "nll":
             return negative_log_likelihood(self.retain)
         return divergence(self.retain) if kind == "kl" else 0.0
@@ -135,6 +138,12 @@ def negative_log_likelihood(side: Side) -> Tensor:
 def weighted_likelihood(side: Side, weight: Tensor) -> Tensor:
     """Mean over answer tokens of w l, with w held constant: pushes each token down by its own weight."""
     return (weight.detach() * side.token_logprob).mean()
+
+
+def drift(side: Side) -> Tensor:
+    """Mean squared distance to the start model's activations at the tapped layers, over positions and dimensions."""
+    layers = [(side.layers[at].float() - side.constants[f"layer.{at}"].float()).square().mean() for at in side.layers]
+    return torch.stack(layers).mean()
 
 
 def divergence(side: Side) -> Tensor:
