@@ -1,0 +1,114 @@
+"""RMU (specs: rmu, section 9)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny
+
+from expunge import registry
+from expunge.errors import ParameterError
+from expunge.methods.optimise import loop
+from expunge.methods.optimise.loop import Training
+from expunge.methods.optimise.unlearn import set_up, unlearn
+from expunge.rows import Row
+from expunge.subjects.language import LanguageModel
+from expunge.subjects.packed import pack
+
+TRAINING = Training(steps=4, batch_size=4, learning_rate=1e-3, guard=None)
+
+
+def rows(kind, count):
+    return [Row(id=f"{kind}/{i}", prompt=f"where was {kind} {i} born?", answer=f"Tivin {i}") for i in range(count)]
+
+
+DATA = {"forget": rows("forget", 6), "retain": rows("retain", 9)}
+
+
+def run(subject, training=TRAINING, scope=None, **settings):
+    part = registry.get("methods", "rmu")
+    return unlearn(subject, part, settings, scope=scope, data=DATA, training=training)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "phi"])
+def test_only_the_mlp_outputs_up_to_the_layer_move(architecture):
+    subject = LanguageModel(*tiny(architecture))
+    outcome = run(subject, layer=1)
+    roles = {name for role, name in _outputs(subject) if role <= 1}
+    assert set(outcome.delta.entries) <= roles
+    assert len({name.split(".")[2] for name in outcome.delta.entries}) == 2
+    assert outcome.summary["prepared"]["layer"] == 1
+
+
+def _outputs(subject):
+    from expunge.subjects.anatomy import anatomy
+
+    return anatomy(subject.model).roles["mlp_out"]
+
+
+def test_the_stored_prefix_changes_nothing(monkeypatch):
+    subject = LanguageModel(*tiny("llama"))
+    training = replace(TRAINING, steps=8)
+    with_prefix = run(subject, training, scope="role:mlp_out@1-2", layer=2)
+    monkeypatch.setattr(loop, "ENTRY_BYTES", 0)
+    without = run(subject, training, scope="role:mlp_out@1-2", layer=2)
+    assert with_prefix.summary["log"]["loss"] == pytest.approx(without.summary["log"]["loss"], abs=1e-5)
+    for name, entry in without.delta.entries.items():
+        assert torch.allclose(entry["difference"], with_prefix.delta.entries[name]["difference"], atol=1e-5)
+
+
+def test_splitting_a_step_changes_nothing():
+    subject = LanguageModel(*tiny("llama"))
+    whole, split = run(subject, layer=1), run(subject, replace(TRAINING, micro_tokens=40), layer=1)
+    assert whole.summary["log"]["loss"] == pytest.approx(split.summary["log"]["loss"], abs=1e-5)
+
+
+def test_the_retain_term_starts_at_zero_and_so_does_its_gradient():
+    subject = LanguageModel(*tiny("llama"))
+    small, large = (
+        run(subject, replace(TRAINING, steps=1), retain_weight=0.0),
+        run(subject, replace(TRAINING, steps=1), retain_weight=1e4),
+    )
+    assert small.summary["log"]["loss"] == pytest.approx(large.summary["log"]["loss"], rel=1e-6)
+    assert small.summary["log"]["gradient_norm"] == pytest.approx(large.summary["log"]["gradient_norm"], rel=1e-4)
+
+
+def test_without_a_retain_term_activations_turn_to_the_direction():
+    subject = LanguageModel(*tiny("llama"))
+    training = replace(TRAINING, steps=150, learning_rate=2e-2)
+    outcome = run(subject, training, layer=1, retain="none", coefficient=3.0)
+    setup = set_up(subject, registry.get("methods", "rmu"), {"layer": 1}, scope=None, data=DATA, training=TRAINING)
+    after = outcome.delta.apply(subject)
+    encoded = setup.case.rows["forget"]
+    with torch.no_grad():
+        states = after.states(pack(encoded), setup.case.taps)["layer.1"]
+    cosine = torch.nn.functional.cosine_similarity(states, setup.case.given["target"][None], dim=-1)
+    assert float(cosine.mean()) > 0.9
+
+
+def test_the_adaptive_coefficient_follows_the_size_of_activations():
+    subject = LanguageModel(*tiny("llama"))
+    first = run(subject, layer=0).summary["prepared"]["coefficient"]
+    scaled = subject.copy()
+    with torch.no_grad():
+        # Everything that is added to the residual stream of block 0, times three.
+        scaled.model.model.embed_tokens.weight.mul_(3)
+        scaled.model.model.layers[0].self_attn.o_proj.weight.mul_(3)
+        scaled.model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    assert run(scaled, layer=0).summary["prepared"]["coefficient"] == pytest.approx(3 * first, rel=0.02)
+
+
+def test_the_direction_depends_on_the_seed_only():
+    subject = LanguageModel(*tiny("llama"))
+    part = registry.get("methods", "rmu")
+    target = [
+        set_up(subject, part, {}, scope=None, data=DATA, training=replace(TRAINING, seed=seed)).case.given["target"]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(target[0], target[1])
+    assert not torch.allclose(target[0], target[2])
+
+
+def test_a_layer_that_does_not_exist_is_an_error():
+    with pytest.raises(ParameterError, match="layer 7 is not within 0-2"):
+        run(LanguageModel(*tiny("llama")), layer=7)
