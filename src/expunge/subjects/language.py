@@ -321,6 +321,12 @@ class LanguageModel:
             raise RowError(f"{where}: the answer starts at position 0, there is nothing to predict it from")
         return Encoded(tuple(ids), start, closing, answer)
 
+    def spans(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+        """The row as the text that is encoded, and where in it each token stands."""
+        separator, closing = self._frame(row, row.prompt, row.answer)
+        text = self.prompt_text(row) + separator + row.answer + closing
+        return text, self._tokenize(text)[1]
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""

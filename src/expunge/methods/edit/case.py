@@ -7,44 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pydantic
-from torch import Tensor
-
 from ... import registry
-from ...cards import MethodCard
 from ...deltas import Delta
 from ...errors import ParameterError
 from ...rows import Row
 from ...subjects.language import LanguageModel
 from ..optimise.loop import Training
-from ..optimise.terms import Objective, Step, negative_log_likelihood
+from ..optimise.reinforce import REINFORCE
+from ..optimise.terms import Objective
 from ..optimise.unlearn import Outcome, unlearn
 
 Edit = Delta
 """What an edit method returns: a delta from the subject to the changed model."""
-
-
-def _reinforce(step: Step) -> Tensor:
-    return negative_log_likelihood(step.forget)
-
-
-REINFORCE = registry.Part(
-    "methods",
-    _reinforce,
-    MethodCard(
-        name="reinforce",
-        kind="optimise",
-        paper="arXiv:2310.02238",
-        summary="Further training on what is to be forgotten.",
-        intention="removal",
-        survey_class="parameter_optimisation",
-        level="weights",
-        modality=("language",),
-        needs=("forget",),
-        known_weaknesses=("direct",),
-    ),
-    pydantic.create_model("reinforce_parameters"),
-)
 
 
 @dataclass
