@@ -1,8 +1,9 @@
 """Deltas: what a method changed, over a base that is never modified.
 
 The delta is the truth: the changed model of a run *is* base + delta, so the same file always gives the same weights.
-An entry of a delta is dense (the difference), sparse (indices and differences) or low-rank (B @ A times a scale); a
-guard's delta is its configuration. Differences are fp32 whatever the base's type.
+An entry of a delta is dense (the difference), a slice (differences of some places on the first axis: experts), sparse
+(indices and differences) or low-rank (B @ A times a scale); a guard's delta is its configuration. Differences are fp32
+whatever the base's type.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from .files import complete_folder, save_tensors
 from .subjects.language import LanguageModel
 
 FORMAT = 1
-FORMS = {"dense": {"difference"}, "low_rank": {"A", "B", "scale"}, "sparse": {"index", "value"}}
+FORMS = {
+    "dense": {"difference"},
+    "slice": {"difference", "slice"},
+    "low_rank": {"A", "B", "scale"},
+    "sparse": {"index", "value"},
+}
+NO_WEIGHTS = ("scale", "index", "slice")
+"""Tensors of an entry that say where or how much, and are not counted as parameters."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Delta:
     base: str
     """Fingerprint of the subject it was made on."""
     entries: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Parameter name to tensors: {difference}, {A (r, columns), B (rows, r), scale ()} or {index (n,), value (n,)}."""
+    """Parameter name to tensors: {difference}, {difference (k, ...), slice (k,)}, {A (r, columns), B (rows, r),
+    scale ()} or {index (n,), value (n,)}."""
     lineage: dict[str, Any] = field(default_factory=dict)
     result: str = ""
     """Fingerprint of base + delta, where known."""
@@ -44,7 +53,7 @@ class Delta:
 
     @property
     def kind(self) -> str:
-        """dense, low_rank, sparse, mixed, guard or empty."""
+        """dense, slice, low_rank, sparse, mixed, guard or empty."""
         if self.config is not None:
             return "guard"
         forms = {_form(name, entry) for name, entry in self.entries.items()}
@@ -69,13 +78,18 @@ class Delta:
         return Delta(base.fingerprint, entries)
 
     def difference(self, name: str) -> Tensor:
-        """fp32 change of one tensor; sparse entries come flat with zeros elsewhere, to be viewed in its shape."""
+        """fp32 change of one tensor.
+
+        Raises:
+            DeltaError: the entry does not say what shape the tensor has.
+        """
         entry = self.entries[name]
-        if "difference" in entry:
+        if set(entry) == {"difference"}:
             return entry["difference"]
         if "A" in entry:
             return float(entry["scale"]) * (entry["B"].float() @ entry["A"].float())
-        raise DeltaError(f"tensor {name}: a sparse entry has no shape of its own; apply it to a base")
+        form = _form(name, entry)
+        raise DeltaError(f"tensor {name}: a {form} entry has no shape of its own; apply it to a base")
 
     def apply(self, subject: LanguageModel, scale: float = 1.0, *, check: bool = True) -> LanguageModel:
         """base + scale x delta as a new subject; every untouched tensor is shared with the base, which stays as it is.
@@ -105,6 +119,9 @@ class Delta:
         with torch.no_grad():
             for name in self.entries:
                 target = moved[name]
+                if "slice" in self.entries[name]:
+                    self._move_slice(name, target, own[name], scale)
+                    continue
                 change = self._change(name, target.shape).to(target.device)
                 target.copy_((own[name].float() + scale * change).to(target.dtype))
         made = subject.with_model(model)
@@ -121,6 +138,16 @@ class Delta:
         if change.shape != shape:
             raise MismatchError(f"tensor {name} has shape {tuple(shape)}, the delta {tuple(change.shape)}")
         return change
+
+    def _move_slice(self, name: str, target: Tensor, own: Tensor, scale: float) -> None:
+        entry = self.entries[name]
+        places, change = entry["slice"].to(target.device), entry["difference"].to(target.device)
+        if change.shape[1:] != target.shape[1:] or (len(places) and int(places.max()) >= len(target)):
+            raise MismatchError(
+                f"tensor {name} has shape {tuple(target.shape)}, the delta's slice {tuple(change.shape)} at "
+                f"{places.tolist()}"
+            )
+        target[places] = (own[places].float() + scale * change).to(target.dtype)
 
     def negate(self) -> Delta:
         """The delta that leads from the changed model back to the base."""
@@ -142,8 +169,8 @@ class Delta:
         """The same change, with dense entries of which less than a third moves stored as indices and values."""
         entries = {}
         for name, entry in self.entries.items():
-            difference = entry.get("difference")
-            if difference is not None and int((difference != 0).sum()) * 3 < difference.numel():
+            difference = entry.get("difference", torch.empty(0))
+            if set(entry) == {"difference"} and int((difference != 0).sum()) * 3 < difference.numel():
                 flat = difference.reshape(-1)
                 index = flat.nonzero()[:, 0]
                 entry = {"index": index, "value": flat[index]}
@@ -152,7 +179,7 @@ class Delta:
 
     def cost(self) -> dict[str, int]:
         """`parameters`: numbers stored for the change; `bytes`: its size on disk."""
-        tensors = [t for entry in self.entries.values() for key, t in entry.items() if key not in ("scale", "index")]
+        tensors = [t for entry in self.entries.values() for key, t in entry.items() if key not in NO_WEIGHTS]
         size = sum(t.numel() * t.element_size() for entry in self.entries.values() for t in entry.values())
         return {"parameters": sum(t.numel() for t in tensors), "bytes": size}
 
@@ -240,7 +267,19 @@ def compose(deltas: Sequence[Delta]) -> Delta:
         if len(parts) == 1:
             entries[name] = parts[0].entries[name]
             continue
-        entries[name] = {"difference": torch.stack([_dense(delta, name) for delta in parts]).sum(0)}
+        sliced = [delta.entries[name] for delta in parts if "slice" in delta.entries[name]]
+        dense = [_dense(delta, name) for delta in parts if "slice" not in delta.entries[name]]
+        if dense:
+            total = torch.stack(dense).sum(0)
+            for entry in sliced:
+                total.index_add_(0, entry["slice"], entry["difference"])
+            entries[name] = {"difference": total}
+        else:
+            places = torch.cat([entry["slice"] for entry in sliced])
+            kept, into = places.unique(return_inverse=True)
+            changes = torch.cat([entry["difference"] for entry in sliced])
+            summed = changes.new_zeros(len(kept), *changes.shape[1:]).index_add_(0, into, changes)
+            entries[name] = {"difference": summed, "slice": kept}
     lineage = {"stack": [delta.lineage for delta in deltas]}
     return Delta(deltas[0].base, entries, lineage, deltas[-1].result)
 

@@ -4,7 +4,8 @@
     regex:model\\.layers\\.(5|6)\\.mlp\\..*       full match on parameter names
     role:mlp_out@5-7                           an anatomy role, in a range of layers
     layers:-2-                                 whole layers
-    lora(r=8, alpha=16, modules=mlp, layers=5-7)   adapters
+    lora(r=8, alpha=16, modules=mlp, layers=5-7)   adapters; init=default, gaussian, pissa or fila
+    expert(layer=16, index=3, router=true)     one routed expert (index=1|3|5: several) and the layer's router
     none                                       nothing
 
 Ranges are inclusive: 5, 5-7, -7, 5-, all; negative numbers count from the end, numbers with a point are shares of the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +24,14 @@ from torch import nn
 
 from ...errors import ScopeError, nearest, suggest
 from ...subjects.anatomy import Anatomy, anatomy
+from .slices import Slice, experts
 
 FORMS = ("all", "none", "regex:", "role:", "layers:", "lora", "expert(")
 _SPLIT = re.compile(r"\s*([+-])\s*(?=all\b|none\b|regex:|role:|layers:|lora\b|expert\()")
 _NUMBER = r"-?\d+(?:\.\d+)?|-?\.\d+"
+INITS = ("default", "gaussian", "pissa", "fila")
+PRINCIPAL = ("pissa", "fila")
+"""Inits that take the adapters' start out of the base weight."""
 LORA_MODULES = {
     "all": ("attention_qkv", "attention_out", "mlp_in", "mlp_gate", "mlp_out"),
     "attention": ("attention_qkv", "attention_out"),
@@ -36,7 +41,10 @@ LORA_MODULES = {
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Adapters: W + (alpha / r) B A with A (r, in) random and B (out, r) zero at the start."""
+    """Adapters: W + (alpha / r) B A with A (r, in) and B (out, r).
+
+    default and gaussian: A random and B zero at the start. pissa and fila: see fila.py, which sets them.
+    """
 
     r: int
     alpha: float
@@ -55,7 +63,7 @@ class LoraSpec:
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            init_lora_weights=True if self.init == "default" else self.init,
+            init_lora_weights=True if self.init != "gaussian" else self.init,
             target_modules=list(self.targets),
             fan_in_fan_out=self.transposed,
         )
@@ -76,13 +84,18 @@ class Resolved:
     first_layer: int | None
     """Lowest block in which something moves; None where something below the blocks does, or nothing in them."""
     last_layer: int | None
+    slices: list[Slice] = field(default_factory=list)
+    """Tensors of which only some experts move: (name, their places, shape of what moves)."""
     notes: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
         """For reports and keys."""
         return {
             "form": self.form,
-            "resolved": [[name, list(shape), None] for name, shape in self.parameters],
+            "resolved": [
+                *([name, list(shape), None] for name, shape in self.parameters),
+                *([name, list(shape), list(places)] for name, places, shape in self.slices),
+            ],
             "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trainable": self.trainable,
             "share": self.share,
@@ -103,7 +116,8 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
     if pieces[0].strip() or len(pieces) < 3:
         raise ScopeError(f"scope {text!r} is not understood; expected one of {', '.join(FORMS)}, joined with + and -")
     tensors = dict(model.named_parameters())
-    chosen: dict[str, None] = {}
+    chosen: dict[str, set[int] | None] = {}
+    """Name to the experts that move; None: the whole tensor does."""
     lora: LoraSpec | None = None
     for sign, piece in zip(pieces[1::2], pieces[2::2]):
         if piece.startswith("lora"):
@@ -111,12 +125,16 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
                 raise ScopeError(f"scope {text!r}: adapters can be added once and not be taken away")
             lora = _lora(piece, text, model, parts)
             continue
-        names = _names(piece.strip(), text, model, parts)
-        for name in names:
-            if sign == "+":
-                chosen[name] = None
-            else:
-                chosen.pop(name, None)
+        if piece.startswith("expert("):
+            named = _experts(piece.strip(), text, model, parts)
+        else:
+            named = dict.fromkeys(_names(piece.strip(), text, model, parts))
+        for name, places in named.items():
+            before = _places(chosen.pop(name, set()), tensors[name])
+            these = _places(places, tensors[name])
+            after = before | these if sign == "+" else before - these
+            if after:
+                chosen[name] = None if after == _places(None, tensors[name]) else after
     stuck = [name for name in chosen if not tensors[name].is_floating_point()]
     if stuck or (chosen and getattr(model, "is_quantized", False)):
         raise ScopeError(
@@ -124,9 +142,14 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         )
     if not chosen and lora is None and not any(piece.strip() == "none" for piece in pieces[2::2]):
         raise ScopeError(f"scope {text!r} leaves nothing that may move")
-    parameters = [(name, tuple(tensors[name].shape)) for name in tensors if name in chosen]
-    trainable = sum(math.prod(shape) for _, shape in parameters)
-    layers = [parts.layer(name) for name, _ in parameters]
+    parameters = [(name, tuple(p.shape)) for name, p in tensors.items() if chosen.get(name, ()) is None]
+    slices = [
+        (name, tuple(sorted(places)), (len(places), *p.shape[1:]))
+        for name, p in tensors.items()
+        if (places := chosen.get(name))
+    ]
+    trainable = sum(math.prod(shape) for _, shape in parameters) + sum(math.prod(shape) for *_, shape in slices)
+    layers = [parts.layer(name) for name in chosen]
     if lora is not None:
         for target in lora.targets:
             owner: Any = model.get_submodule(target)
@@ -143,6 +166,7 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         share=trainable / total,
         first_layer=None if not inside or any(name in below for name in chosen) else min(inside),
         last_layer=max(inside, default=None),
+        slices=slices,
         notes=_notes(model, chosen),
     )
 
@@ -150,13 +174,22 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
 def _text(scope: str | Mapping[str, Any]) -> str:
     if isinstance(scope, str):
         return scope
-    if isinstance(scope, Mapping) and set(scope) == {"lora"} and isinstance(scope["lora"], Mapping):
+    form = next(iter(scope)) if isinstance(scope, Mapping) and len(scope) == 1 else None
+    if form in ("lora", "expert") and isinstance(scope[form], Mapping):
         values = (
             f"{key}={'|'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
-            for key, value in scope["lora"].items()
+            for key, value in scope[form].items()
         )
-        return f"lora({', '.join(values)})"
-    raise ScopeError(f"scope {scope!r} is not understood; expected text, or a mapping {{lora: {{r: 8, ...}}}}")
+        return f"{form}({', '.join(values)})"
+    raise ScopeError(
+        f"scope {scope!r} is not understood; expected text, or a mapping {{lora: {{r: 8, ...}}}} or "
+        "{expert: {layer: 16, index: 3}}"
+    )
+
+
+def _places(places: set[int] | None, tensor: nn.Parameter) -> set[int]:
+    """None written out: all places on the first axis."""
+    return set(range(tensor.shape[0] if tensor.dim() else 1)) if places is None else places
 
 
 def _names(piece: str, text: str, model: nn.Module, parts: Anatomy) -> list[str]:
@@ -166,8 +199,6 @@ def _names(piece: str, text: str, model: nn.Module, parts: Anatomy) -> list[str]
     if piece == "all":
         return [name for name, p in model.named_parameters() if p.is_floating_point()]
     form, colon, rest = piece.partition(":")
-    if piece.startswith("expert("):
-        raise ScopeError(f"scope {text!r}: slices of experts are not available in this version")
     if not colon or form not in ("regex", "role", "layers"):
         raise ScopeError(f"scope {text!r}: {piece!r} is not understood; expected one of {', '.join(FORMS)}")
     if form == "regex":
@@ -222,17 +253,66 @@ def _layer(number: str, depth: int, *, end: bool) -> int:
     return value + depth if value < 0 else value
 
 
+def _settings(form: str, written: str, known: Sequence[str], text: str) -> dict[str, str]:
+    """ "r=8, alpha=16" by name."""
+    given: dict[str, str] = {}
+    for setting in filter(None, (s.strip() for s in written.split(","))):
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or key not in known:
+            raise ScopeError(f"scope {text!r}: {form} has no setting {setting!r}. {suggest(key, known)}")
+        given[key] = value
+    return given
+
+
+def _experts(piece: str, text: str, model: nn.Module, parts: Anatomy) -> dict[str, set[int] | None]:
+    """Names to the experts meant, or to None for tensors that are meant whole."""
+    match = re.fullmatch(r"expert\((.*)\)", piece)
+    given = _settings("expert", match.group(1) if match else "", ("layer", "index", "router"), text)
+    if "layer" not in given or "index" not in given or given.get("router", "true").lower() not in ("true", "false"):
+        raise ScopeError(
+            f"scope {text!r}: {piece!r} is not understood; expected expert(layer=16, index=3, router=true)"
+        )
+    held = {block.index: experts(model, block) for block in parts.blocks}
+    mixed = [layer for layer, found in held.items() if found is not None]
+    if not mixed:
+        raise ScopeError(f"scope {text!r}: expert(...) needs routed experts; {type(model).__name__} is dense")
+    named: dict[str, set[int] | None] = {}
+    for layer in _range(given["layer"], len(parts.blocks), text):
+        found = held[layer]
+        if found is None:
+            raise ScopeError(f"scope {text!r}: layer {layer} has no experts; layers with experts: {_spans(mixed)}")
+        for number in given["index"].split("|"):
+            index = int(number) if number.strip().isdecimal() else -1
+            if not 0 <= index < found.count:
+                raise ScopeError(
+                    f"scope {text!r}: there is no expert {number.strip()!r}; layer {layer} has 0-{found.count - 1}"
+                )
+            for name in found.fused:
+                places = named.setdefault(name, set())
+                assert places is not None
+                places.add(index)
+            named |= dict.fromkeys(found.own[index] if found.own else ())
+        if given.get("router", "true").lower() == "true":
+            named |= dict.fromkeys(found.router)
+    return named
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as "1-3, 7"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in found)
+
+
 def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
     match = re.fullmatch(r"lora(?:\((.*)\))?", piece.strip())
     if not match:
         raise ScopeError(f"scope {text!r}: {piece!r} is not understood; expected lora or lora(r=8, alpha=16, ...)")
-    known = ("r", "alpha", "modules", "layers", "init", "dropout")
-    given: dict[str, str] = {}
-    for setting in filter(None, (s.strip() for s in (match.group(1) or "").split(","))):
-        key, equals, value = setting.partition("=")
-        if not equals or key.strip() not in known:
-            raise ScopeError(f"scope {text!r}: lora has no setting {setting!r}. {suggest(key.strip(), known)}")
-        given[key.strip()] = value.strip()
+    given = _settings("lora", match.group(1) or "", ("r", "alpha", "modules", "layers", "init", "dropout"), text)
     try:
         r = int(given.get("r", "8"))
         alpha = float(given.get("alpha", str(2 * r)))
@@ -242,9 +322,11 @@ def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
     if r < 1 or dropout != 0:
         raise ScopeError(f"scope {text!r}: r must be at least 1, and dropout 0 (objectives compare stored references)")
     init = given.get("init", "default")
-    if init not in ("default", "gaussian"):
+    if init not in INITS:
+        raise ScopeError(f"scope {text!r}: there is no init {init!r}. {suggest(init, INITS)}")
+    if init in PRINCIPAL and getattr(model, "is_quantized", False):
         raise ScopeError(
-            f"scope {text!r}: init {init!r} is not available; expected default or gaussian (B starts at 0)"
+            f"scope {text!r}: init {init} takes a part out of the weights, and these are quantised; use init=default"
         )
     layers = set(_range(given.get("layers", "all"), len(parts.blocks), text))
     modules = given.get("modules", "all")
@@ -270,7 +352,7 @@ def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
     return LoraSpec(r, alpha, dropout, init, tuple(targets), transposed)
 
 
-def _notes(model: nn.Module, chosen: Mapping[str, None]) -> list[str]:
+def _notes(model: nn.Module, chosen: Collection[str]) -> list[str]:
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
