@@ -1,4 +1,4 @@
-"""Adapters that start in the base weight's principal directions: plain (PiSSA) or weighted by Fisher information (FILA).
+"""Adapters that start in the base weight's principal directions, plain (PiSSA) or weighted by Fisher information.
 
 LoRA's usual start, B = 0, learns slowly. Here B A starts as the best rank-r part of the weight, and the base weight
 keeps the rest, so that the model computes the same at step 0:
