@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import GROUPED, tiny
 
 from expunge.errors import ScopeError
 from expunge.methods.optimise.scope import resolve
@@ -138,6 +138,95 @@ def test_quantised_weights_take_adapters_only():
     with pytest.raises(ScopeError, match="only adapters can move"):
         resolve("all", model)
     assert resolve("lora", model).lora is not None
+
+
+class Eighth(torch.nn.Module):
+    """A layer whose matrix is stored in 8 bits."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.weight = torch.nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_a_delta_over_a_quantised_base_is_not_rounded_away():
+    from transformers import BitsAndBytesConfig
+
+    from expunge.deltas import Delta
+    from expunge.subjects.language import LanguageModel
+
+    model, tokenizer = tiny("llama")
+    path = "model.layers.1.mlp.down_proj"
+    model.set_submodule(path, Eighth(model.get_submodule(path)))
+    model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    base = LanguageModel(model, tokenizer)
+    before = model.get_parameter(f"{path}.weight").clone()
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, generator=generator), 1e-4 * torch.randn(32, 2, generator=generator)
+    delta = Delta(base.fingerprint, {f"{path}.weight": {"A": a, "B": b, "scale": torch.tensor(2.0)}})
+    made = delta.apply(base)
+    layer, quantised = made.model.get_submodule(path), model.get_submodule(path)
+    assert type(layer) is torch.nn.Linear
+    assert torch.allclose(layer.weight, quantised.weight * quantised.scale + 2.0 * b @ a, atol=1e-6)
+    assert {path, "lm_head"} <= set(made.model.config.quantization_config.llm_int8_skip_modules)
+    assert torch.equal(model.get_parameter(f"{path}.weight"), before)
+    assert model.config.quantization_config.llm_int8_skip_modules is None
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapters_are_trained_over_a_quantised_base(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    from expunge import registry
+    from expunge.methods.optimise.loop import Training
+    from expunge.methods.optimise.unlearn import unlearn
+    from expunge.rows import Row
+    from expunge.subjects.language import LanguageModel
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**GROUPED, "hidden_size": 128, "intermediate_size": 256})
+    LanguageModel(transformers.AutoModelForCausalLM.from_config(config), tiny("llama")[1]).save(tmp_path / "plain")
+    wanted = transformers.BitsAndBytesConfig(
+        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32
+    )
+
+    def load():
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=wanted)
+
+    model = load()
+    layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    if layers:
+        with pytest.raises(ScopeError, match=r"layers\.0\.self_attn\.q_proj is in 4 bits on a CPU"):
+            resolve("lora", load())
+        for layer in layers:
+            layer.support_avx512bf16_for_cpu = False
+    base = LanguageModel(model, tiny("llama")[1])
+    with pytest.raises(ScopeError, match="only adapters can move"):
+        resolve("layers:1", model)
+    assert resolve("lora(r=4, layers=1, modules=down_proj)", model).trainable == 4 * (128 + 256)
+    before = base.fingerprint
+    rows = [Row(id=str(i), prompt=f"where was {i} born?", answer="Tivin in Carth") for i in range(4)]
+    found = unlearn(
+        base,
+        registry.get("methods", "npo"),
+        {},
+        scope="lora(r=4, layers=1)",
+        data={"forget": rows, "retain": rows},
+        training=Training(steps=5, learning_rate=1e-2, guard=None),
+    )
+    made = found.delta.apply(base)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        start, trained, applied = (s.model(input_ids=ids).logits for s in (base, found.subject, made))
+    # 8 bits round activations as well; the result's dense layers do not.
+    assert (applied - trained).abs().max() < 0.03 * (trained - start).abs().max()
+    assert LanguageModel(model, base.tokenizer).fingerprint == before
 
 
 def test_a_scope_works_without_weights():

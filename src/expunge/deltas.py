@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DeltaError, MismatchError
 from .files import complete_folder, save_tensors
@@ -94,6 +94,8 @@ class Delta:
     def apply(self, subject: LanguageModel, scale: float = 1.0, *, check: bool = True) -> LanguageModel:
         """base + scale x delta as a new subject; every untouched tensor is shared with the base, which stays as it is.
 
+        Quantised weights that change are dense afterwards: rounding them again would lose the change.
+
         Args:
             scale: share of the change; -1 moves the other way.
             check: refuse a base with another fingerprint than the delta's.
@@ -115,6 +117,7 @@ class Delta:
         memo: dict[int, Any] = {id(p): p for name, p in own.items() if name not in self.entries}
         memo |= {id(buffer): buffer for buffer in subject.model.buffers()}
         model = copy.deepcopy(subject.model, memo)
+        own |= _dense_again(model, [name for name in self.entries if _is_quantised(own[name])])
         moved = dict(model.named_parameters())
         with torch.no_grad():
             for name in self.entries:
@@ -229,6 +232,48 @@ class Delta:
         if missing:
             raise DeltaError(f"{folder}/delta.json has no field {missing[0]}")
         return Delta(about["base"], entries, about["lineage"], about["result"], about["config"])
+
+
+def _is_quantised(parameter: Tensor) -> bool:
+    return not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao.")
+
+
+def _dense_again(model: Any, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Put ordinary linear layers in the place of quantised ones, in place; their weights by name."""
+    if not names:
+        return {}
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    dtype = next(p.dtype for p in model.parameters() if not _is_quantised(p))
+    found = {}
+    for name in names:
+        path = name.rpartition(".")[0]
+        owner: Any = model.get_submodule(path)
+        weight = _matrix(owner, dtype)
+        layer = nn.Linear(owner.in_features, owner.out_features, owner.bias is not None, device="meta", dtype=dtype)
+        layer.weight, layer.bias = nn.Parameter(weight.clone(), requires_grad=False), owner.bias
+        model.set_submodule(path, layer)
+        found[name] = nn.Parameter(weight, requires_grad=False)
+    # So that a model once saved model is loaded as it is: these are not to be quantised.
+    config = model.config.quantization_config
+    for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(config, key):
+            kept = getattr(config, key) or get_keys_to_not_convert(model)
+            setattr(config, key, [*kept, *(name.rpartition(".")[0] for name in names)])
+    return found
+
+
+@torch.no_grad()
+def _matrix(layer: Any, dtype: torch.dtype) -> Tensor:
+    """(out, in) of a quantised linear layer, whatever its storage: what it makes of the unit vectors."""
+    device, columns = next(layer.parameters()).device, []
+    for first in range(0, layer.in_features, 1024):
+        places = torch.arange(first, min(first + 1024, layer.in_features), device=device)
+        units = torch.zeros(len(places), layer.in_features, dtype=dtype, device=device)
+        units[torch.arange(len(places), device=device), places] = 1
+        given = layer(units)
+        columns.append((given if layer.bias is None else given - layer.bias).to(dtype))
+    return torch.cat(columns).T.contiguous()
 
 
 def _form(name: str, entry: Mapping[str, Tensor]) -> str:

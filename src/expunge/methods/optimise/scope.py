@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import ScopeError, nearest, suggest
 from ...subjects.anatomy import Anatomy, anatomy
@@ -153,7 +153,9 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
     if lora is not None:
         for target in lora.targets:
             owner: Any = model.get_submodule(target)
-            trainable += lora.r * sum(owner.weight.shape)
+            # A quantised weight may be packed, and have another shape than the layer.
+            sides = (owner.in_features, owner.out_features) if hasattr(owner, "in_features") else owner.weight.shape
+            trainable += lora.r * sum(sides)
             layers.append(parts.layer(target + ".weight"))
     inside = [layer for layer in layers if layer is not None]
     below = {name for role in ("embedding", "other") for _, name in parts.roles[role]}
@@ -328,6 +330,12 @@ def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
         raise ScopeError(
             f"scope {text!r}: init {init} takes a part out of the weights, and these are quantised; use init=default"
         )
+    repacked = next((name for name, module in model.named_modules() if _drops_gradients(module)), None)
+    if repacked is not None:
+        raise ScopeError(
+            f"scope {text!r}: {repacked} is in 4 bits on a CPU whose kernel for them has no gradient; load the model "
+            "in 8 bits, or set support_avx512bf16_for_cpu = False on its layers before their first pass"
+        )
     layers = set(_range(given.get("layers", "all"), len(parts.blocks), text))
     modules = given.get("modules", "all")
     roles = LORA_MODULES.get(modules, (modules,) if modules in parts.roles else ())
@@ -350,6 +358,16 @@ def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
     first = model.get_submodule(next(iter(targets)))
     transposed = not hasattr(first, "out_features") and hasattr(first, "nf")
     return LoraSpec(r, alpha, dropout, init, tuple(targets), transposed)
+
+
+def _drops_gradients(module: nn.Module) -> bool:
+    """bitsandbytes repacks 4-bit weights at the first pass of a model in evaluation mode, on CPUs with AVX512-BF16; its
+    product with them passes no gradient on, and says nothing."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+        return False
+    packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+    return bool(packed or getattr(module, "support_avx512bf16_for_cpu", False))
 
 
 def _notes(model: nn.Module, chosen: Collection[str]) -> list[str]:
