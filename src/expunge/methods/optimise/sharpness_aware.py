@@ -44,7 +44,7 @@ def sharpness_aware(
     variant: Literal["sam", "rs", "gp", "cr"] = "sam",
     rho: float | None = None,
     samples: int = 3,
-    penalty: float = 0.1,
+    penalty: float = 0.02,
 ) -> Tensor:
     """Take the forget gradient g at theta + rho g/|g|, the retain gradient at theta (Fan et al. 2025).
 
