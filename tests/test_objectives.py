@@ -1,12 +1,19 @@
 """Exact properties of the gradient objectives (specs: gradient-objectives, sections 3 and 9)."""
 
+import json
 import math
 
 import pytest
 import torch
+from tiny import tiny
 
 from expunge import registry
-from expunge.methods.optimise.terms import Side, Step, divergence, negative_log_likelihood
+from expunge.errors import ParameterError, RowError
+from expunge.methods.optimise.loop import Training, mean_loss
+from expunge.methods.optimise.terms import Side, Step, divergence, dual, negative_log_likelihood
+from expunge.methods.optimise.unlearn import set_up, unlearn
+from expunge.rows import Row
+from expunge.subjects.language import LanguageModel
 
 V = 11
 LENGTHS = (3, 1, 4)
@@ -131,19 +138,315 @@ def test_kl_retain_term_has_gradient_p_minus_reference(case):
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gradient_ascent", "npo", "simnpo", "dpo", "idk"])
+SHAPES = ["token_npo", "wga", "satimp", "ceu", "undial", "ihl", "pdu"]
+PLAIN = ["gradient_ascent", "npo", "simnpo", "dpo", "idk", "altpo", *SHAPES]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_constant_added_to_all_logits_of_a_position_changes_no_term(case, name):
     logits, target, reference = case
     shift = torch.randn(len(target), 1, dtype=torch.float64)
 
     def value(z):
         ref = reference_tokens(reference, target)
-        sides = {which: side(z, target, reference_tokens=ref) for which in ("forget", "alternative")}
-        sides["retain"] = side(z, target, reference_hidden=reference)
+        constants = {"reference_tokens": ref, "reference_hidden": reference}
+        sides = {which: side(z, target, **constants) for which in ("forget", "alternative", "retain")}
         part = registry.get("methods", name)
-        return float(part.function(Step(sides, 0, 1), **part.resolve({"retain": "kl"})))
+        settings = {"bound": 0.1} if name == "pdu" else {"retain": "kl"}
+        return float(part.function(Step(sides, 0, 1), **part.resolve(settings)))
 
     assert value(logits.detach()) == pytest.approx(value(logits.detach() + shift), abs=1e-10)
+
+
+def forgets(case):
+    """A forget side with both kinds of reference."""
+    logits, target, reference = case
+    return side(logits, target, reference_tokens=reference_tokens(reference, target), reference_hidden=reference)
+
+
+def weight_of(name, p, p_ref):
+    """(T,) the likelihood weight w of section 3, times the number of tokens."""
+    if name == "token_npo":
+        return 2 * p**0.7 / (p**0.7 + p_ref**0.7)
+    return p**1.3 if name == "wga" else p**2.5 * (1 - p) ** 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("token_npo", {"beta": 0.7}), ("wga", {"beta": 1.3}), ("satimp", {"beta1": 2.5, "beta2": 1.5})],
+)
+def test_weighted_ascent_pushes_every_token_down_by_its_own_weight(case, name, settings):
+    logits, target, reference = case
+    _, found = gradient(name, logits, {"forget": forgets(case)}, **settings, retain="none")
+    p = logits.detach().softmax(-1).gather(-1, target[:, None])[:, 0]
+    weight = weight_of(name, p, reference_tokens(reference, target).exp()) / len(target)
+    assert torch.allclose(found, likelihood_gradient(logits, target, weight), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("skip", "kept"), [(0, range(8)), (1, [1, 2, 3, 5, 6, 7]), (9, [2, 3, 7])])
+def test_ceu_takes_probability_from_the_token_and_gives_it_to_the_others_in_proportion(case, skip, kept):
+    logits, target, _ = case
+    loss, found = gradient("ceu", logits, {"forget": side(logits, target)}, skip=skip, retain="none")
+    p = logits.detach().softmax(-1)
+    own = p.gather(-1, target[:, None])
+    without = p.scatter(-1, target[:, None], 0.0) / (1 - own)
+    expected = torch.zeros_like(found)
+    expected[list(kept)] = ((-without * own).scatter(-1, target[:, None], own) / len(kept))[list(kept)]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert float(loss) == pytest.approx(float(-(without * p.log()).sum(-1)[list(kept)].mean()), abs=1e-12)
+
+
+def certain(gap):
+    """One answer token whose logit leads all others by `gap`, in fp32."""
+    logits = torch.zeros(1, V)
+    logits[0, 3] = gap
+    return side(logits.requires_grad_(), torch.tensor([3]), (1,))
+
+
+@pytest.mark.parametrize("gap", [20.0, 80.0, 500.0])
+def test_ceu_has_full_strength_at_certainty_in_fp32(gap):
+    forget = certain(gap)
+    loss, found = gradient("ceu", forget.hidden, {"forget": forget}, skip=0, retain="none")
+    assert torch.isfinite(loss)
+    assert float(found[0, 3]) == pytest.approx(1.0, abs=1e-6)
+    if gap < 85:
+        assert torch.allclose(found[0, :3], torch.full((3,), -1 / (V - 1)), atol=1e-6)
+
+
+def test_what_is_forgotten_already_is_let_go_and_only_ceu_pushes_on_what_is_certain():
+    for name in ("wga", "satimp", "ceu", "ihl", "npo", "gradient_ascent"):
+        sizes = {}
+        for gap in (20.0, -20.0):
+            forget = certain(gap)
+            forget.constants["reference_tokens"] = torch.zeros(1)
+            settings = {"skip": 0} if name == "ceu" else {"beta": 1.0} if name == "npo" else {}
+            _, found = gradient(name, forget.hidden, {"forget": forget}, **settings, retain="none")
+            sizes[gap] = float(found[0, 3].abs())
+        assert sizes[20.0] == pytest.approx(1.0 if name == "ceu" else 0.0, abs=1e-6), name
+        assert sizes[-20.0] == pytest.approx(1.0 if name == "gradient_ascent" else 0.0, abs=1e-6), name
+
+
+@pytest.mark.parametrize("strength", [0.0, 3.0, 30.0])
+def test_undial_pulls_to_the_start_models_logits_with_the_token_lowered(case, strength):
+    logits, target, reference = case
+    loss, found = gradient("undial", logits, {"forget": forgets(case)}, strength=strength)
+    q = (reference - strength * torch.nn.functional.one_hot(target, V)).softmax(-1)
+    p = logits.detach().softmax(-1)
+    assert torch.allclose(found, (p - q) / len(target), rtol=0, atol=1e-12)
+    assert float(loss) == pytest.approx(float(-(q * p.log()).sum(-1).mean()), abs=1e-12)
+
+
+def hinge_gradient(p, target):
+    """Section 3 of LoKU's spec, entry by entry."""
+    expected = torch.zeros_like(p)
+    for i, t in enumerate(target.tolist()):
+        m = max((v for v in range(V) if v != t), key=lambda v: p[i, v])
+        for v in range(V):
+            expected[i, v] = p[i, v] * (p[i, m] - p[i, t])
+        expected[i, t] = p[i, t] * (1 - p[i, t] + p[i, m])
+        expected[i, m] = p[i, m] * (p[i, m] - p[i, t] - 1)
+    return expected
+
+
+def test_ihl_lets_the_runner_up_take_the_tokens_place(case):
+    logits, target, _ = case
+    loss, found = gradient("ihl", logits, {"forget": side(logits, target)}, retain="none")
+    p = logits.detach().softmax(-1)
+    own = p.gather(-1, target[:, None])[:, 0]
+    other = p.scatter(-1, target[:, None], -1.0).amax(-1)
+    assert torch.allclose(found, hinge_gradient(p, target) / len(target), rtol=0, atol=1e-12)
+    assert float(loss) == pytest.approx(float((1 + own - other).mean()), abs=1e-12)
+    assert 0 <= float(loss) <= 2
+
+
+def test_ihl_is_zero_where_the_runner_up_is_certain_one_at_uniform_and_two_where_the_token_is_certain():
+    for gap, expected in ((500.0, 2.0), (0.0, 1.0)):
+        forget = certain(gap)
+        loss, _ = gradient("ihl", forget.hidden, {"forget": forget}, retain="none")
+        assert float(loss) == pytest.approx(expected, abs=1e-6)
+    forget = certain(500.0)
+    forget.target = torch.tensor([4])
+    loss, _ = gradient("ihl", forget.hidden, {"forget": forget}, retain="none")
+    assert float(loss) == 0.0
+
+
+def test_the_floor_of_ihl_drops_tokens_that_are_forgotten(case):
+    logits, target, _ = case
+    p = logits.detach().softmax(-1)
+    own = p.gather(-1, target[:, None])[:, 0]
+    other = p.scatter(-1, target[:, None], -1.0).amax(-1)
+    kept = own >= 0.1 * other
+    assert 0 < kept.sum() < len(target)
+    loss, found = gradient("ihl", logits, {"forget": side(logits, target)}, floor=True, retain="none")
+    expected = hinge_gradient(p, target) * kept[:, None] / kept.sum()
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert float(loss) == pytest.approx(float((1 + own - other)[kept].mean()), abs=1e-12)
+
+
+def test_pdu_flattens_from_the_top(case):
+    logits, target, _ = case
+    sides = {"forget": side(logits, target), "retain": side(logits.detach(), target)}
+    _, found = gradient("pdu", logits, sides, bound=1.0, forget_weight=0.5)
+    z = logits.detach()
+    top = torch.nn.functional.one_hot(z.argmax(-1), V).double() - 1 / V
+    expected = 0.5 * 2 * (z.amax(-1) - z.mean(-1))[:, None] * top / len(target)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def multipliers(losses, *, epochs=None, **settings):
+    """The multiplier after each step, and the weighted losses."""
+    memory, after, values = {}, [], []
+    for index, loss in enumerate(losses):
+        step = Step({}, index, len(losses), epochs[index] if epochs else 0, memory=memory)
+        values.append(float(dual(step, torch.tensor(loss), **settings)))
+        after.append(memory["multiplier"])
+    return after, values
+
+
+def test_the_multiplier_rises_exactly_when_the_loss_is_above_the_bound_and_never_is_negative():
+    losses = [0.125, 0.5, 0.25, 0.125, 0.0, 0.0, 0.0, 1.0]
+    after, values = multipliers(losses, bound=0.25, start=1.0, rate=2.0)
+    assert after == [0.75, 1.25, 1.25, 1.0, 0.5, 0.0, 0.0, 1.5]
+    assert values == [0.125, 0.375, 0.3125, 0.15625, 0.0, 0.0, 0.0, 0.0]
+    for before, now, loss in zip([1.0, *after], after, losses):
+        assert now >= 0
+        assert (now > before) == (loss > 0.25)
+
+
+def test_a_multiplier_without_rate_or_within_its_warm_up_is_a_fixed_weight():
+    after, values = multipliers([0.5, 0.1, 0.9], bound=0.3, start=7.0, rate=0.0)
+    assert after == [7.0] * 3
+    assert values == pytest.approx([3.5, 0.7, 6.3])
+    after, _ = multipliers([0.5] * 4, epochs=[0, 1, 2, 3], bound=0.3, start=7.0, rate=1.0, warmup=2)
+    assert after == pytest.approx([7.0, 7.0, 7.2, 7.4])
+
+
+def test_the_multiplier_stands_still_for_the_gradient(case):
+    logits, target, _ = case
+    sides = {"forget": side(logits.detach(), target), "retain": side(logits, target)}
+    _, found = gradient("pdu", logits, sides, bound=0.0, multiplier=3.0, rate=2.0, warmup=0.0)
+    weight = torch.full((len(target),), -3.0 / len(target), dtype=torch.float64)
+    assert torch.allclose(found, likelihood_gradient(logits, target, weight), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_order_of_rows_changes_nothing(case, name):
+    logits, target, reference = case
+    order = [4, 5, 6, 7, 3, 0, 1, 2]  # rows 2, 1, 0
+
+    def value(z, t, ref, lengths):
+        constants = {"reference_tokens": reference_tokens(ref, t), "reference_hidden": ref}
+        sides = {which: side(z, t, lengths, **constants) for which in ("forget", "alternative", "retain")}
+        part = registry.get("methods", name)
+        return float(part.function(Step(sides, 0, 1), **part.resolve({"bound": 0.1} if name == "pdu" else {})))
+
+    z = logits.detach()
+    whole = value(z, target, reference, LENGTHS)
+    assert whole == pytest.approx(value(z[order], target[order], reference[order], LENGTHS[::-1]), abs=1e-10)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_chunks_change_no_objective(case, monkeypatch, name):
+    from expunge.methods.optimise import terms
+
+    logits, _, _ = case
+
+    def both():
+        sides = {"forget": forgets(case), "retain": forgets(case)}
+        return gradient(name, logits, sides, **({"bound": 0.1} if name == "pdu" else {"retain": "nll"}))
+
+    whole, gradient_whole = both()
+    monkeypatch.setattr(terms, "LOGIT_ELEMENTS", 3 * V)
+    parts, gradient_parts = both()
+    assert torch.allclose(whole, parts, rtol=0, atol=1e-12)
+    assert torch.allclose(gradient_whole, gradient_parts, rtol=0, atol=1e-12)
+
+
+# --- what is prepared before training -------------------------------------------------------------------------------
+
+
+def people(answers):
+    return [
+        Row(id=str(i), prompt=f"where was {i} born?", answer=f"Tivin {i}", perturbed_answers=tuple(wrong))
+        for i, wrong in enumerate(answers)
+    ]
+
+
+def prepared(name, forget, training=None, retain=None, scope="all", **settings):
+    return set_up(
+        LanguageModel(*tiny("llama")),
+        registry.get("methods", name),
+        settings,
+        scope=scope,
+        data={"forget": forget, "retain": people([[]] * 3) if retain is None else retain},
+        training=training or Training(epochs=3, batch_size=4, guard=None),
+    )
+
+
+def test_altpo_takes_the_next_alternative_in_every_epoch():
+    setup = prepared("altpo", people([["Carth", "Ostra"], ["Lum"]]))
+    subject, rows = setup.case.subject, setup.drawn.rows
+    expected = [" Carth", " Lum", " Ostra", " Lum"]
+    said = [subject.tokenizer.decode(row.ids[row.start :]).removesuffix("</s>") for row in rows["alternative"]]
+    assert [text.strip() for text in said] == [text.strip() for text in expected]
+    assert [sorted(step["alternative"]) for step in setup.drawn.steps] == [[0, 1], [2, 3], [0, 1]]
+
+
+def test_altpo_reads_alternatives_from_a_file(tmp_path):
+    path = tmp_path / "alternates.jsonl"
+    line = {"question": "where was 0 born?", "answer": "Tivin 0"}
+    path.write_text("\n".join(json.dumps(line | {"alternate": text}) for text in ("Carth", "Ostra")))
+    setup = prepared("altpo", people([[]]), alternates=str(path))
+    assert len(setup.drawn.rows["alternative"]) == 2
+    with pytest.raises(RowError, match=r"row 1: .*has no alternate for 'where was 1 born\?'"):
+        prepared("altpo", people([[], []]), alternates=str(path))
+    with pytest.raises(RowError, match="row 0: no perturbed answers, but altpo needs"):
+        prepared("altpo", people([[]]))
+    with pytest.raises(RowError, match="row 0: its alternative 'Tivin 0' equals its answer"):
+        prepared("altpo", people([["Carth", "Tivin 0"]]))
+
+
+def test_undial_moves_adapters_unless_a_scope_is_given():
+    assert prepared("undial", people([[]]), scope=None).resolved.lora.r == 8
+    assert prepared("undial", people([[]]), scope="all").resolved.lora is None
+
+
+def test_pdu_measures_its_bound_on_the_start_model_and_says_when_the_multiplier_never_moves():
+    setup = prepared("pdu", people([[]] * 5), tolerance=0.5, warmup=1)
+    subject = setup.case.subject
+    rows = [subject.encode(row) for row in people([[]] * 3)]
+    assert setup.chain[0][1]["bound"] == pytest.approx(1.5 * mean_loss(subject, rows), rel=1e-5)
+    assert not setup.case.warnings
+    setup = prepared("pdu", people([[]] * 5), bound=0.3)
+    assert setup.chain[0][1]["bound"] == 0.3
+    assert "the multiplier stays at 100: the run ends after 3 epochs" in setup.case.warnings[0]
+    steps = Training(steps=11, batch_size=1, guard=None)
+    assert not prepared("pdu", people([[]] * 2), training=steps, bound=0.3).case.warnings
+    with pytest.raises(ParameterError, match="multiplier is -1"):
+        prepared("pdu", people([[]]), multiplier=-1)
+
+
+def test_pdu_updates_once_per_step_however_the_step_is_split():
+    def run(micro_tokens):
+        return unlearn(
+            LanguageModel(*tiny("llama")),
+            registry.get("methods", "pdu"),
+            {"bound": 1.0, "multiplier": 2.0, "rate": 0.5, "warmup": 1, "forget_weight": 0.01},
+            scope="all",
+            data={"forget": people([[]] * 8), "retain": people([[]] * 8)},
+            training=Training(epochs=3, batch_size=4, learning_rate=1e-3, guard=None, micro_tokens=micro_tokens),
+        ).summary["log"]
+
+    whole, split = run(16384), run(40)
+    nll = whole["nll"]["retain"]
+    assert len(nll) == 6
+    assert whole["memory"]["multiplier"] == pytest.approx(2.0 + 0.5 * sum(value - 1.0 for value in nll[2:]), rel=1e-5)
+    assert split["memory"]["multiplier"] == pytest.approx(whole["memory"]["multiplier"], rel=1e-4)
+
+
+def test_pdu_is_refused_inside_other_methods_as_its_weight_is_its_own():
+    with pytest.raises(ParameterError, match="objective 'pdu' cannot stand inside another method"):
+        prepared("sharpness_aware", people([[]]), objective="pdu")
 
 
 def test_chunks_of_the_vocabulary_axis_change_nothing(case, monkeypatch):

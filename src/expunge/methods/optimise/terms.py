@@ -157,6 +157,71 @@ def divergence(side: Side) -> Tensor:
     return chunked(tokens, side.hidden, side.reference_hidden, side.vocabulary).mean()
 
 
+class _Known(torch.autograd.Function):
+    """Values of logits whose gradient is worked out beside them: autograd keeps nothing else and takes no softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, term: LogitTerm, at: Tensor) -> Tensor:
+        values, gradient = term(logits, at)
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0][:, None], None, None
+
+
+LogitTerm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(logits (k, V) fp32, their tokens' places in the side (k,)) -> (values (k,), gradient of each in its logits (k, V)).
+The logits must be left as they are."""
+
+
+def of_logits(side: Side, term: LogitTerm, at: Tensor | None = None) -> Tensor:
+    """(k,) values of a term that knows its own gradient, at the tokens `at` (k,), by default all of them."""
+    hidden = side.hidden if at is None else side.hidden[at]
+    at = torch.arange(len(hidden), device=hidden.device) if at is None else at
+    return chunked(lambda h, a: _Known.apply(side.head(h).float(), term, a), hidden, at, side.vocabulary)
+
+
+def towards(side: Side, wanted: Callable[[Tensor, Tensor], Tensor], at: Tensor | None = None) -> Tensor:
+    """(k,) cross-entropies -sum_v q_v log p_v to target distributions q that are held constant; gradient p - q.
+
+    wanted: (probabilities p (k, V) of the model itself, the tokens' places (k,)) -> q (k, V), leaving p as it is.
+    """
+
+    def term(z: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        p = z.softmax(-1)
+        q = wanted(p, at)
+        top, index = p.max(-1)
+        # The normaliser log sum exp z, from the softmax that is there already.
+        normaliser = z.gather(1, index[:, None])[:, 0] - top.log()
+        return normaliser - torch.linalg.vecdot(q, z), p.sub_(q)
+
+    return of_logits(side, term, at)
+
+
+def margin(side: Side) -> Tensor:
+    """(T,) how far the highest logit stands above the mean of all: 0 where every token is as likely as every other."""
+
+    def tokens(hidden: Tensor, _: Tensor) -> Tensor:
+        z = side.head(hidden).float()
+        return z.max(-1).values - z.mean(-1)
+
+    return chunked(tokens, side.hidden, side.target, side.vocabulary)
+
+
+def dual(step: Step, loss: Tensor, *, bound: float, start: float, rate: float, warmup: float = 0.0) -> Tensor:
+    """multiplier x loss, the multiplier rising by rate x (loss - bound) after each step, never below 0.
+
+    To be called once per step, on the step's mean. `warmup`: epochs in which the multiplier stays at `start`.
+    """
+    multiplier = step.memory.setdefault("multiplier", start)
+    if step.epoch >= warmup:
+        step.memory["multiplier"] = max(0.0, multiplier + rate * (float(loss.detach()) - bound))
+    return multiplier * loss
+
+
 def chunked(function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, other: Tensor, vocabulary: int) -> Tensor:
     """`function` over chunks of tokens, so that (T, V) is never held whole: (T, d), (T, ...) -> (T,)."""
     size = max(1, LOGIT_ELEMENTS // vocabulary)

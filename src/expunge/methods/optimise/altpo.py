@@ -1,0 +1,57 @@
+"""Direct preference optimisation towards plausible other answers."""
+
+from torch import Tensor
+
+from ...errors import RowError
+from ...registry import optimise
+from ...rows import Source, read_rows
+from .dpo import dpo
+from .terms import RetainTerm, Step
+from .unlearn import Preparation
+
+
+def _prepare(case: Preparation) -> None:
+    """Put the alternatives beside their rows: the first of every row, then the second of every row, and so on."""
+    path, rows = case.settings["alternates"], case.data.get("forget", [])
+    written: dict[str, list[str]] = {}
+    for entry in read_rows(Source(path, {"answer": "alternate"}), "alternates") if path else ():
+        written.setdefault(entry.prompt, []).append(entry.answer)
+    found = [written.get(row.prompt, []) if path else list(row.perturbed_answers) for row in rows]
+    for row, choices in zip(rows, found):
+        where = row.source or f"row {row.id}"
+        if not choices:
+            lacking = f"{path} has no alternate for {row.prompt!r}" if path else "no perturbed answers"
+            raise RowError(f"{where}: {lacking}, but altpo needs at least one alternative to every forget row")
+        if row.answer.strip() in (text.strip() for text in choices):
+            raise RowError(f"{where}: its alternative {row.answer!r} equals its answer")
+    variants = range(max(map(len, found), default=0))
+    case.rows["alternative"] = [
+        case.subject.encode(row, answer=choices[i % len(choices)])
+        for i in variants
+        for row, choices in zip(rows, found)
+    ]
+
+
+@optimise(
+    paper="arXiv:2409.13474",
+    intention="suppression",
+    needs=("forget.reference", "alternative.reference"),
+    requires=("weights", "gradients", "forget_data", "retain_data", "reference_model"),
+    cost="6N per token of forget, alternative and retain rows, plus 2N once per distinct one",
+    known_weaknesses=("relearn", "logit_lens", "decoding"),
+    prepare=_prepare,
+)
+def altpo(
+    step: Step,
+    *,
+    beta: float = 0.1,
+    alternates: str = "",
+    retain: RetainTerm = "nll",
+    retain_weight: float = 1.0,
+) -> Tensor:
+    """DPO towards plausible other answers, the next one in every epoch (Mekala et al. 2024, AltPO).
+
+    `alternates` is a file of {"question", "alternate"} rows, several per question (the paper has a model write 5 at
+    temperature 1); by default each row's perturbed answers.
+    """
+    return dpo(step, beta=beta, retain=retain, retain_weight=retain_weight)
