@@ -179,20 +179,73 @@ def test_relearning_nothing_is_asking_directly(knowing):
     for settings in ({"steps": 0}, {"steps": 4, "learning_rate": 0.0}):
         found = attack(knowing, "relearn", **settings)
         direct = {item.row: item.recovered for item in attack(knowing, "direct").items}
-        assert {item.row: item.recovered for item in found.items} == {
-            item.row: direct[item.row] for item in found.items
-        }
+        assert {item.row: item.recovered for item in found.items} == direct
         assert len({value for _, value in found.curve}) == 1
 
 
-def test_relearning_teaches_one_half_of_the_entities_and_asks_the_other():
+class Watched(Case):
+    """A case that notes who is asked what by copies that were taught what."""
+
+    def teach(self, subject, rows, **settings):
+        subject.taught = {row.entity for row in rows}
+        super().teach(subject, rows, **settings)
+
+    def ask(self, subject, *asks):
+        asked = {row.entity for ask in asks for _, row, _ in ask.prompts}
+        self.rows.setdefault("seen", []).append((subject, subject.taught, asked))
+        return super().ask(subject, *asks)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_every_entity_is_asked_about_by_a_copy_that_was_not_taught_it(count):
     subject = LanguageModel(*tiny("llama"))
     before = subject.fingerprint
-    found = attack(subject, "relearn", steps=4)
-    assert len({item.entity for item in found.items}) == 5
-    assert found.budget["rows"] == 5
+    case = Watched(subject, {"forget": FORGET[:count]}, 0, 8)
+    found = carry_out(case, [("relearn", {"steps": 4})])[0]
+    entities = {row.entity for row in FORGET[:count]}
+    assert sorted(item.row for item in found.items) == sorted(row.id for row in FORGET[:count])
     assert [step for step, _ in found.curve] == [0, 1, 2, 4]
+    assert {key: found.budget[key] for key in ("queries", "steps", "folds", "rows")} == {
+        "queries": 4 * count,
+        "steps": 4,
+        "folds": 2,
+        "rows": (count + 1) // 2,
+    }
+    seen = case.rows["seen"]
+    assert len(seen) == 2 * 3
+    assert len({id(copy) for copy, _, _ in seen}) == 2  # each half from the unlearned model anew
+    for _, taught, asked in seen:
+        assert taught
+        assert asked
+        assert taught.isdisjoint(asked)
+        assert taught | asked == entities
     assert LanguageModel(subject.model, subject.tokenizer).fingerprint == before
+
+
+def test_the_best_number_of_steps_is_that_of_both_halves_together():
+    """One half comes back after 1 step and is lost again, the other after 2 steps: 2 are best for both."""
+    rows = [replace(row, entity=str(i % 2)) for i, row in enumerate(FORGET[:6])]
+    first, at = [], []
+
+    class Told(Case):
+        def teach(self, subject, lesson, *, evaluate_at, evaluate, **_):
+            first.append(lesson[0].entity)
+            for step in evaluate_at:
+                at[:] = [step]
+                evaluate(step)
+
+        def ask(self, subject, *asks):
+            number = {1: (3, 0), 2: (1, 3), 4: (0, 0)}[at[0]][len(first) - 1]
+            prompts = asks[0].prompts
+            texts = [[row.answer if i < number else ""] for i, (_, row, _) in enumerate(prompts)]
+            return [Generations([key for key, _, _ in prompts], [""] * 3, texts, [[True]] * 3)]
+
+    subject = Says(LanguageModel(*tiny("llama")), lambda _: "nothing")
+    found = carry_out(Told(subject, {"forget": rows}, 0, 8), [("relearn", {"steps": 4})])[0]
+    assert found.curve == [(0, 0), (1, pytest.approx(3 / 6)), (2, pytest.approx(4 / 6)), (4, 0)]
+    assert found.score == pytest.approx(4 / 6)
+    assert found.note.startswith("best after 2 steps; 3 and 3 rows taught in turn")
+    assert sorted(first) == ["0", "1"]
 
 
 def test_rounding_that_breaks_the_model_shows_nothing(knowing):

@@ -221,9 +221,10 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
     subject, data = LanguageModel(model, tokenizer), people(4)
     data["forget"] = [replace(row, paraphrased_prompts=(f"{row.prompt} please",)) for row in data["forget"]]
     attacks = [("direct", {}), ("paraphrase", {}), ("decoding", {"samples": 4}), ("logit_lens", {}), ("quantise", {})]
+    attacks += [("relearn", {"steps": 5, "batch_size": 3})]
     without_weights = LanguageModel(copy.deepcopy(model).to("meta"), tokenizer)
     planned = passes(without_weights, data, attacks, 1)
-    made = dict.fromkeys(("scored", "asked", "sampled", "hidden", "copies"), 0)
+    made = dict.fromkeys(("scored", "asked", "sampled", "hidden", "copies", "steps", "tokens"), 0)
 
     def watched(name: str, count: Callable[..., tuple[str, int]]) -> None:
         original = getattr(LanguageModel, name)
@@ -241,6 +242,15 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
         "generate",
         lambda _, prompts, samples, temperature, **__: ("sampled" if temperature else "asked", len(prompts) * samples),
     )
+
+    def trained(*arguments: object, **settings: object) -> dict:
+        log = fit(*arguments, **settings)
+        made["steps"] += len(log["losses"])
+        made["tokens"] += log["tokens"]
+        return log
+
+    fit = loop.fit
+    monkeypatch.setattr(loop, "fit", trained)
     store, limit = Store(tmp_path), _limit(subject, data)
     _view(subject, data, limit, store, "after", None)
     carry_out(Case(subject, data, max_new_tokens=limit), attacks, store)
@@ -249,3 +259,5 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
     assert planned["answers sampled per model"] == made["sampled"]
     assert planned["hidden states per model"] == made["hidden"]
     assert planned["questions to changed copies per model"] == made["copies"]
+    assert planned["relearning steps per model"] == made["steps"] == 2 * 5
+    assert planned["relearning tokens per model"] == made["tokens"] > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from .attacks.case import Case
 from .audit import _limit, battery
 from .costs import Pass, Structure, kept, structure
 from .errors import SubjectError
-from .methods.optimise.loop import Drawn, Guard, Training
+from .methods.optimise.loop import Drawn, Guard, Training, draw
 from .methods.optimise.scope import Resolved, resolve
 from .methods.optimise.unlearn import set_up
 from .registry import Part
@@ -81,7 +81,7 @@ def plan(request: Request) -> Plan:
         model=request.model,
         method=part.name,
         scope=str(request.scope or "the method's own"),
-        audit=passes(subject, data, attacks, models=2 + len(request.gold)),
+        audit=passes(subject, data, attacks, models=2 + len(request.gold), seed=request.audit.seed),
         **found,
     )
 
@@ -278,6 +278,27 @@ class _Watched(Case):
     asked: list[Ask] = field(default_factory=list)
     copies: list[Ask] = field(default_factory=list)
     """What changed copies of the subject were asked."""
+    taught: list[Drawn] = field(default_factory=list)
+    """The training of copies."""
+
+    def teach(
+        self,
+        subject: Any,
+        rows: Sequence[Row],
+        *,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        evaluate_at: Sequence[int] = (),
+        evaluate: Callable[[int], None] | None = None,
+    ) -> None:
+        training = Training(steps=steps, batch_size=batch_size)
+        generator = torch.Generator().manual_seed(self.seed)
+        encoded = {"rows": [self.subject.encode(row) for row in rows]}
+        self.taught.append(draw(encoded, ["rows"], training=training, generator=generator))
+        if evaluate is not None:
+            for step in evaluate_at:
+                evaluate(step)
 
     def ask(self, subject: Any, *asks: Ask) -> list[Any]:
         return [self.note(ask, self.copies) for ask in asks]
@@ -291,22 +312,23 @@ class _Watched(Case):
 
 
 def passes(
-    subject: LanguageModel, data: dict[str, list[Row]], attacks: Sequence[tuple[str, dict[str, Any]]], models: int
+    subject: LanguageModel,
+    data: dict[str, list[Row]],
+    attacks: Sequence[tuple[str, dict[str, Any]]],
+    models: int,
+    seed: int = 0,
 ) -> dict[str, int]:
     """What the audit asks of every model.
 
-    An attack is a generator: it is started, and what it asks is counted instead of answered. The subject is without
-    weights, so an attack that trains stops there; its steps are counted, its later questions are not.
+    An attack is a generator: it is started, and what it asks and teaches is counted instead of answered and trained.
     """
     limit = _limit(subject, data)
-    case = _Watched(subject, data, max_new_tokens=limit)
+    case = _Watched(subject, data, seed, limit)
     for rows in data.values():
         case.note(case.questions(rows))
-    steps = 0
     for name, settings in attacks:
         part = registry.get("attacks", name)
         chosen = part.resolve(settings)
-        steps += int(chosen.get("steps", 0))
         with suppress(Exception):  # whatever cannot go on without weights
             attack = part.function(case, **chosen)
             answer = case.note(next(attack))
@@ -326,7 +348,8 @@ def passes(
         "answers sampled per model": sum(len(ask.prompts) * ask.samples for ask in sampled),
         "hidden states per model": sum(len(ask.prompts) for ask in case.asked if isinstance(ask, Hidden)),
         "questions to changed copies per model": sum(len(a.prompts) for a in case.copies if isinstance(a, Generate)),
-        "relearning steps per model": steps,
+        "relearning steps per model": sum(len(drawn.steps) for drawn in case.taught),
+        "relearning tokens per model": sum(drawn.tokens[0] for drawn in case.taught),
         "tokens in an answer at most": limit,
     }
 

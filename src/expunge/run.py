@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """(phase, done, total)"""
 
-VERSION = 1
+VERSION = 2
 """Raised when the same request would give another result than before; runs of another version are not resumed."""
 
 

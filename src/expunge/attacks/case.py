@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..tables.passes import Ask, Generate, Progress, Store, run
 from ..tables.store import content_key
 from .matching import recovered
 
-CODE = 1
+CODE = 2
 """Raised when an attack would find something else on the same model."""
 
 
@@ -50,6 +50,31 @@ class Case:
     def ask(self, subject: Any, *asks: Ask) -> list[Any]:
         """Answers of a changed copy of the subject; they are not kept."""
         return run(subject, asks)
+
+    def teach(
+        self,
+        subject: Any,
+        rows: Sequence[Row],
+        *,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        evaluate_at: Sequence[int] = (),
+        evaluate: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train a copy of the subject, or the model inside its guard, on the answers of rows."""
+        from ..methods.optimise.loop import fit
+
+        fit(
+            getattr(subject, "inner", subject),
+            [self.subject.encode(row) for row in rows],
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=self.seed,
+            evaluate_at=evaluate_at,
+            evaluate=evaluate,
+        )
 
     def questions(self, rows: Sequence[Row], **settings: Any) -> Generate:
         """Every row's own question."""
