@@ -21,6 +21,7 @@ from expunge.subjects.language import LanguageModel
 
 GOOD = [{"id": f"f{i}", "question": f"where was Ilva {i} born?", "answer": "Tivin"} for i in range(9)]
 KEPT = [{"id": f"r{i}", "question": f"where was Mo {i} born?", "answer": "Carth"} for i in range(9)]
+MORE = [{"id": f"m{i}", "question": f"where was Ono {i} born?", "answer": "Orsk"} for i in range(9)]
 CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "Ilva"}]
 
 
@@ -362,16 +363,45 @@ def test_a_loss_that_is_not_finite(road, capsys):
 
 
 def test_a_method_without_the_rows_it_needs(road, capsys):
-    run(capsys, road, "E100", "retain: 0 rows, but npo", changes={"data": {"retain": None}}, started=True)
+    run(capsys, road, "E100", "retain: 0 rows, but npo", changes={"data": {"retain": None}})
+    run(
+        capsys,
+        road,
+        "E100",
+        "retain: 0 rows, but npo",
+        changes={"data": {"retain": None}, "method": {"name": "undo", "objective": "npo"}},
+    )
 
 
-def test_answer_longer_than_the_context(road, capsys):
-    (road / "forget.jsonl").write_text(lines(*GOOD[:8], {**GOOD[8], "answer": "Tivin " * 900}))
-    run(capsys, road, "E110", "forget.jsonl:9", "context holds 256", started=True)
+@pytest.mark.parametrize("field", ["answer", "paraphrased_answer", "perturbed_answers"])
+@pytest.mark.parametrize("name", ["forget", "retain", "general"])
+def test_answer_longer_than_the_context(road, capsys, name, field):
+    records = KEPT if name == "retain" else GOOD if name == "forget" else [{**r, "id": f"g{r['id']}"} for r in MORE]
+    long = {**records[8], field: "Tivin " * 900}
+    (road / f"{name}.jsonl").write_text(lines(*records[:8], long))
+    run(
+        capsys,
+        road,
+        "E110",
+        f"{name}.jsonl:9",
+        "context holds 256",
+        changes={"data": {name: f"{name}.jsonl"}},
+    )
 
 
-def test_scope_that_matches_nothing(road, capsys):
-    run(capsys, road, "E300", "Nearest names", extra=("--scope", "regex:nothing"), started=True)
+@pytest.mark.parametrize("method", ["npo", "rmu", "task_vector", "undo"])
+def test_scope_that_matches_nothing(road, capsys, method):
+    run(capsys, road, "E300", "Nearest names", extra=("--scope", "regex:nothing", "--method", method))
+
+
+def test_an_audit_of_rows_that_do_not_fit_the_model(road, capsys):
+    (road / "retain.jsonl").write_text(lines({**KEPT[0], "question": "where " * 900}))
+    folder = road / "out" / "audit"
+    command = ["audit", "model", "--request", str(write(road)), "--out", str(folder), "--json"]
+    assert cli.main(command) == cli.MISTAKE
+    assert "retain.jsonl:1" in capsys.readouterr().err
+    assert not folder.exists()
+    assert not (road / "ledger.sqlite").exists()
 
 
 def test_unknown_parameter_on_the_command_line(road, capsys):

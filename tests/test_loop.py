@@ -220,8 +220,8 @@ def test_a_scope_out_of_reach_is_an_error(subject):
     lonely = torch.nn.Parameter(torch.zeros(3))
     drawn = Drawn({"forget": encoded(subject, 2)}, [{"forget": [0, 1]}])
     subject.model.requires_grad_(True)
+    recipe = Recipe(lambda step: step.forget.token_logprob.mean(), ("forget",))
     with pytest.raises(TrainingError, match="no parameter of the scope receives a gradient"):
-        recipe = Recipe(lambda step: step.forget.token_logprob.mean(), ("forget",))
         train(subject, [lonely], drawn, recipe, Training(guard=None))
 
 

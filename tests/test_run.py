@@ -13,7 +13,7 @@ import pytest
 
 from expunge.audit import audit
 from expunge.deltas import Delta
-from expunge.errors import MismatchError, OutputError, RequestError
+from expunge.errors import MismatchError, OutputError, RequestError, ScopeError, TrainingError
 from expunge.evidence import Evidence
 from expunge.ledger import Ledger
 from expunge.request import load, read_data
@@ -199,10 +199,19 @@ def test_a_run_killed_between_its_phases_goes_on(request_, ledger, tmp_path, mon
     assert [e.event for e in ledger.list()][-2:] == ["resumed", "finished"]
 
 
+def test_what_cannot_run_leaves_no_trace(request_, ledger, tmp_path):
+    for method in ("npo", "task_vector"):
+        with pytest.raises(ScopeError, match="not within"):
+            run(request_, method=method, out=tmp_path / "run", ledger=ledger, scope="layers:99")
+    assert ledger.list() == []
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failure_is_recorded_by_its_code_only(request_, ledger, tmp_path):
-    with pytest.raises(Exception, match="not within"):
-        run(request_, out=tmp_path / "run", ledger=ledger, scope="layers:99")
+    broken = request_.model_copy(update={"training": request_.training.model_copy(update={"learning_rate": 1e30})})
+    with pytest.raises(TrainingError, match="the loss is"):
+        run(broken, out=tmp_path / "run", ledger=ledger)
     assert ledger.list()[-1].event == "failed"
-    assert ledger.list()[-1].body["error"] == "E300"
+    assert ledger.list()[-1].body["error"] == "E400"
     # The corrected request may use the same folder: the failed one had made nothing.
     assert run(request_, out=tmp_path / "run", ledger=ledger).verdict

@@ -36,6 +36,7 @@ from .ledger import Ledger
 from .request import Request, check, load, named, read_data
 from .rows import Row
 from .tables.store import content_key
+from .tables.view import candidates
 
 if TYPE_CHECKING:
     from .subjects.language import LanguageModel
@@ -74,8 +75,8 @@ def run(
 ) -> Evidence:
     """Change the model, attack the result, judge it, write the report.
 
-    Nothing is written before the request, its rows and the model have been found usable; then the request is entered in
-    the ledger, and only then does work start.
+    Nothing is written before the request, its rows, the model and the scope have been found usable together; then the
+    request is entered in the ledger, and only then does work start.
 
     Raises:
         ExpungeError: input that cannot be used, an output folder that holds another run.
@@ -84,6 +85,7 @@ def run(
     check(request)
     data = read_data(request)
     subject = load_subject(request)
+    check_fit(request, data, subject)
     folder = Path(out or request.out or Path("runs") / request.name)
     job = _Job(request, data, subject, folder, ledger or Ledger(), progress)
     with _alone(folder):
@@ -112,6 +114,7 @@ def audit_model(
     check(request)
     data = read_data(request)
     before = load_subject(request)
+    _encode(data, before)
     after = _suspect(model, request, before)
     folder = Path(out or Path("runs") / f"{request.name}-audit")
     job = _Job(request, data, before, folder, ledger or Ledger(), progress, after=after)
@@ -135,6 +138,41 @@ def with_method(
     if scope is not None:
         changes["scope"] = dict(scope) if isinstance(scope, Mapping) else scope
     return request.model_copy(update=changes)
+
+
+def check_fit(request: Request, data: Mapping[str, list[Row]], subject: LanguageModel) -> None:
+    """Whether model, rows, method and scope fit one another: what would stop the run later, found without computing.
+
+    Raises:
+        RowError: a row does not fit the model.
+        RequestError: rows the method needs are missing.
+        ScopeError: the scope matches nothing that can move.
+    """
+    _encode(data, subject)
+    part = registry.get("methods", request.method_name)
+    settings = part.resolve(request.method_settings)
+    if part.card.kind == "edit":
+        from .methods.optimise.scope import resolve
+
+        resolve("all" if request.scope is None else request.scope, subject.model)
+        # An edit that begins with an objective needs what the objective needs.
+        objective = settings.get("objective")
+        if objective is None:
+            return
+        name, settings = (objective, {}) if isinstance(objective, str) else next(iter(objective.items()))
+        part = registry.get("methods", name)
+    if part.card.kind == "optimise":
+        from .methods.optimise.unlearn import set_up
+
+        set_up(subject, part, settings, scope=request.scope, data=data, training=_training(request), dry=True)
+
+
+def _encode(data: Mapping[str, list[Row]], subject: LanguageModel) -> None:
+    """Tokenise everything that will be trained on or scored, for the errors' sake."""
+    for rows in data.values():
+        for row in rows:
+            for text in candidates(row).values():
+                subject.encode(row, answer=text)
 
 
 def load_subject(request: Request, path: str | None = None) -> LanguageModel:
