@@ -7,10 +7,13 @@ import torch
 from peft import inject_adapter_in_model
 from tiny import tiny
 
+from expunge import registry
 from expunge.deltas import Delta
 from expunge.errors import RequestError, ScopeError, TrainingError
 from expunge.methods.optimise import fila
+from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.scope import resolve
+from expunge.methods.optimise.unlearn import unlearn
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
 
@@ -259,3 +262,32 @@ def test_sixteen_bits_keep_the_start_models_likelihood():
     with torch.no_grad():
         losses = [float(s.model(input_ids=IDS, labels=IDS).loss) for s in (base, working)]
     assert abs(losses[0] - losses[1]) < 1e-3 * losses[0]
+
+
+@pytest.mark.parametrize("scope", ["lora(r=2, init={}, modules=mlp)", "lora(r=2, init={}, modules=mlp)+role:mlp_out"])
+@pytest.mark.parametrize(("init", "method"), [("pissa", "npo"), ("fila", "npo"), ("fila", "idk")])
+def test_a_run_starts_where_the_scope_says(scope, init, method):
+    base = LanguageModel(*tiny("llama"))
+    data = {
+        side: [Row(id=f"{side}{i}", prompt=f"where was {side} {i} born?", answer=f"Tivin {i}") for i in range(6)]
+        for side in ("forget", "retain")
+    }
+    seen = []
+    outcome = unlearn(
+        base,
+        registry.get("methods", method),
+        {},
+        scope=scope.format(init),
+        data=data,
+        training=Training(steps=3, batch_size=4, learning_rate=1e-2),
+        evaluate_at=[0, 3],
+        evaluate=lambda subject, _: seen.append(logits(subject).detach()),
+    )
+    assert torch.allclose(seen[0], logits(base), atol=1e-5)
+    assert (seen[1] - seen[0]).abs().max() > 1e-2
+    assert torch.allclose(logits(outcome.delta.apply(base)), seen[1], atol=1e-4)
+    about = outcome.summary["prepared"]["adapters"]
+    assert about["init"] == init
+    assert ("rows" in about) == (init == "fila")
+    entry = outcome.delta.entries["model.layers.0.mlp.up_proj.weight"]
+    assert entry["A"].shape[0] == 4  # the adapter as it is, less the adapter as it started

@@ -8,11 +8,16 @@ from tiny import tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from expunge import registry
 from expunge.deltas import Delta, compose
 from expunge.errors import MismatchError, ScopeError
+from expunge.methods.optimise.loop import Training, Turn
 from expunge.methods.optimise.scope import resolve
 from expunge.methods.optimise.slices import changes, put, take
-from expunge.subjects.language import LanguageModel
+from expunge.methods.optimise.unlearn import unlearn
+from expunge.plan import estimate
+from expunge.rows import Row
+from expunge.subjects.language import LanguageModel, weights_fingerprint
 
 FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek")
 IDS = torch.arange(60).view(3, 20)
@@ -325,6 +330,87 @@ def test_training_resumes_from_a_checkpoint_of_slices(tmp_path):
 
     stored = load_file(tmp_path / "t.safetensors")
     assert all(torch.equal(stored[str(i)], p) for i, p in enumerate(parameters))
+
+
+DATA = {
+    side: [Row(id=f"{side}/{i}", prompt=f"where was {side} {i} born?", answer=f"Tivin {i}") for i in range(count)]
+    for side, count in (("forget", 5), ("retain", 12))
+}
+SHORT = Training(steps=3, batch_size=4, learning_rate=1e-2)
+
+
+def unlearned(subject, scope, training=SHORT, folder=None, **changes):
+    part = registry.get("methods", "npo")
+    return unlearn(subject, part, {}, scope=scope, data=DATA, training=training, folder=folder, **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", FUSED)
+def test_a_run_in_the_scope_of_an_expert_moves_it_and_its_router_only(architecture, dtype):
+    model, tokenizer = tiny(architecture)
+    subject = LanguageModel(model.to(dtype), tokenizer)
+    before = weights_fingerprint(model)
+    seen = []
+    outcome = unlearned(
+        subject, "expert(layer=1, index=1|3)", evaluate_at=[3], evaluate=lambda m, _: seen.append(logits(m))
+    )
+    assert weights_fingerprint(model) == before
+    assert outcome.summary["scope"]["trainable"] == outcome.delta.cost()["parameters"]
+    assert {name: entry.get("slice", torch.tensor([])).tolist() for name, entry in outcome.delta.entries.items()} == {
+        "model.layers.1.mlp.experts.gate_up_proj": [1, 3],
+        "model.layers.1.mlp.experts.down_proj": [1, 3],
+        "model.layers.1.mlp.gate.weight": [],
+    }
+    for entry in outcome.delta.entries.values():
+        assert all(part.any() for part in entry["difference"])
+    after = outcome.delta.apply(subject)
+    assert (logits(after) - logits(subject)).abs().max() > 1e-3
+    assert torch.allclose(logits(after), seen[0], atol=1e-5)
+    assert torch.equal(logits(outcome.subject), seen[0])
+    for name, module in subject.model.named_modules():
+        assert type(outcome.subject.model.get_submodule(name)) is type(module)
+
+
+@torch.no_grad()
+def logits(subject):
+    return subject.model(input_ids=IDS, use_cache=False).logits.float()
+
+
+def test_a_killed_run_in_the_scope_of_an_expert_gives_the_same_delta(tmp_path, monkeypatch):
+    subject = LanguageModel(*tiny("mixtral"))
+    training = Training(steps=6, batch_size=4, learning_rate=1e-3, checkpoint_seconds=0.0)
+    scope = "expert(layer=1, index=1)+layers:2"
+    whole = unlearned(subject, scope, training)
+    original, count = Turn.backward, []
+
+    def dies(turn):
+        if len(count) == 4:
+            raise SystemExit
+        count.append(1)
+        return original(turn)
+
+    monkeypatch.setattr(Turn, "backward", dies)
+    with pytest.raises(SystemExit):
+        unlearned(subject, scope, training, tmp_path)
+    monkeypatch.setattr(Turn, "backward", original)
+    resumed = unlearned(subject, scope, training, tmp_path)
+    assert resumed.delta.kind == "mixed"
+    for name, entry in whole.delta.entries.items():
+        assert torch.equal(entry["difference"], resumed.delta.entries[name]["difference"])
+
+
+def test_the_plan_counts_one_expert():
+    subject, part = LanguageModel(*tiny("mixtral")), registry.get("methods", "npo")
+    one, every = (
+        estimate(subject, part, {}, scope=scope, data=DATA, training=SHORT)
+        for scope in ("expert(layer=1, index=1)", "role:experts@1+role:router@1")
+    )
+    h, inner, count = 32, 64, 4
+    assert one["parameters"]["trainable"] == 3 * h * inner + count * h
+    assert one["memory"]["optimiser"] == 8 * one["parameters"]["trainable"]
+    assert one["memory"]["gradients"] == 4 * one["parameters"]["trainable"]
+    assert one["memory"]["weights"] == every["memory"]["weights"]  # the fused tensors are copied
+    assert one["flops"]["steps"] < every["flops"]["steps"]
 
 
 # --- deltas ----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class Matrix:
     at: Place
     size: int
     """Weights that one token meets: of experts only the chosen ones."""
-    moves: bool
+    moves: float
+    """The share of it that moves: of experts those in the scope."""
     adapter: int
     """Weights of the LoRA adapter beside it."""
 
@@ -115,7 +116,8 @@ def structure(model: nn.Module, resolved: Resolved) -> Structure:
     blocks = len(found.blocks)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # A tied tensor moves under whichever of its names the scope gave.
-    moving = {id(parameters[name]) for name, _ in resolved.parameters}
+    moving = {id(parameters[name]): 1.0 for name, _ in resolved.parameters}
+    moving |= {id(parameters[name]): len(places) / len(parameters[name]) for name, places, _ in resolved.slices}
     adapters = {}
     if resolved.lora is not None:
         adapters = {t: resolved.lora.r * sum(parameters[t + ".weight"].shape) for t in resolved.lora.targets}
@@ -127,7 +129,7 @@ def structure(model: nn.Module, resolved: Resolved) -> Structure:
             parameter, at = parameters[name], _place(role, layer, blocks)
             if found.narrowing and owner == found.narrowing[0]:
                 at = (blocks, 0)
-            moves, adapter = id(parameter) in moving, adapters.get(owner, 0)
+            moves, adapter = moving.get(id(parameter), 0.0), adapters.get(owner, 0)
             if moves or adapter:
                 places.append(at)
             lookup = isinstance(model.get_submodule(owner), nn.Embedding)
@@ -147,7 +149,7 @@ def structure(model: nn.Module, resolved: Resolved) -> Structure:
         first=min(places, default=None),
         head_moves=id(head) in moving,
         total=sum(p.numel() for p in unique.values()),
-        moved=sum(p.numel() for key, p in unique.items() if key in moving) + sum(adapters.values()),
+        moved=sum(round(moving.get(key, 0.0) * p.numel()) for key, p in unique.items()) + sum(adapters.values()),
         item=head.element_size(),
     )
 
@@ -210,7 +212,8 @@ def _moving(model: nn.Module, resolved: Resolved) -> nn.Module:
         from peft import inject_adapter_in_model
 
         made = inject_adapter_in_model(resolved.lora.config(), made)
-    moving = {name for name, _ in resolved.parameters}
+    # Where some experts move alone, all of their layer are counted: a bound from above.
+    moving = {name for name, *_ in (*resolved.parameters, *resolved.slices)}
     for name, parameter in made.named_parameters(remove_duplicate=False):
         # A layer beside which an adapter stands has another name.
         parameter.requires_grad_(name.replace(".base_layer.", ".") in moving or ".lora_" in name)

@@ -138,13 +138,16 @@ def estimate(
     }
     flops["total"] = sum(flops.values())
     per_token = kept(subject, resolved, [row for side in sampled[0] for row in side]) if sampled else 0.0
-    memory = _memory(shape, resolved, passes, per_token or 0.0, training, bool(held_out))
+    copied = sum(subject.model.get_parameter(name).numel() for name, *_ in resolved.slices)
+    memory = _memory(shape, resolved, copied, passes, per_token or 0.0, training, bool(held_out))
     return {
         "parameters": {
             "total": shape.total,
             "trainable": resolved.trainable,
             "share": resolved.share,
-            "tensors": len(resolved.parameters) + 2 * len(resolved.lora.targets if resolved.lora else ()),
+            "tensors": len(resolved.parameters)
+            + len(resolved.slices)
+            + 2 * len(resolved.lora.targets if resolved.lora else ()),
         },
         "tokens": {
             "steps": steps,
@@ -221,14 +224,25 @@ def _checks(training: Training, steps: int) -> int:
 
 
 def _memory(
-    shape: Structure, resolved: Resolved, passes: list[Pass], per_token: float, training: Training, guarded: bool
+    shape: Structure,
+    resolved: Resolved,
+    copied: int,
+    passes: list[Pass],
+    per_token: float,
+    training: Training,
+    guarded: bool,
 ) -> dict[str, float]:
-    """Bytes at the peak of a step, as if everything were held at once; the program itself comes on top."""
-    dense = sum(math.prod(size) for _, size in resolved.parameters)
+    """Bytes at the peak of a step, as if everything were held at once; the program itself comes on top.
+
+    Args:
+        copied: weights in tensors of which slices move; the working copy has its own.
+    """
+    whole = sum(math.prod(size) for _, size in resolved.parameters)
+    dense = whole + sum(math.prod(size) for *_, size in resolved.slices)
     adapters = resolved.trainable - dense
     masters = 4 * dense if shape.item == 2 else 0
     memory = {
-        "weights": shape.total * shape.item + dense * shape.item + 4 * adapters,
+        "weights": shape.total * shape.item + (whole + copied) * shape.item + 4 * adapters,
         "fp32 masters": masters,
         "gradients": dense * shape.item + masters + 4 * adapters,
         "optimiser": 8 * resolved.trainable,

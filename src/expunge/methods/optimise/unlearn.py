@@ -23,8 +23,9 @@ from ...subjects.anatomy import anatomy
 from ...subjects.language import LanguageModel, Progress, Taps
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
+from . import fila, slices
 from .loop import Drawn, Recipe, Training, activations, draw, entries, references, train
-from .scope import LoraSpec, Resolved, resolve
+from .scope import PRINCIPAL, LoraSpec, Resolved, resolve
 from .terms import Step
 
 
@@ -366,12 +367,27 @@ def _working_copy(
     working.model.requires_grad_(False)
     if resolved.lora is not None:
         _add_adapters(working.model, resolved.lora)
+        if resolved.lora.init in PRINCIPAL:
+            forget, retain = _measured(case)
+            about = fila.start(working, resolved.lora, forget, retain, seed=case.seed)
+            case.warnings += about.pop("warnings", [])
+            case.summary["adapters"] = about
     parameters = []
     for name, parameter in working.model.named_parameters():
         # Under adapters a wrapped layer's own tensor has another name.
         if name.replace(".base_layer.", ".") in moving or ".lora_" in name:
             parameters.append(parameter.requires_grad_(True))
-    return working, parameters, lambda: None
+    parameters += slices.take(working.model, resolved.slices)
+    return working, parameters, lambda: slices.put(working.model)
+
+
+def _measured(case: Preparation) -> tuple[list[Encoded], list[Encoded]]:
+    """Forget and retain rows, whichever sides the objective reads."""
+    encode = case.subject.encode
+    forget, retain = (
+        case.rows.get(side) or [encode(row) for row in case.data.get(side, [])] for side in ("forget", "retain")
+    )
+    return forget, retain
 
 
 def _add_adapters(model: nn.Module, spec: LoraSpec) -> None:
@@ -390,9 +406,9 @@ def _add_adapters(model: nn.Module, spec: LoraSpec) -> None:
 
 
 def _delta(subject: LanguageModel, working: LanguageModel, resolved: Resolved, lineage: dict[str, Any]) -> Delta:
-    """What moved: dense differences for the scope's tensors, A and B for adapters."""
+    """What moved: dense differences for the scope's tensors, slices for its experts, A and B for adapters."""
     before = dict(subject.model.named_parameters())
-    entries: dict[str, dict[str, Tensor]] = {}
+    entries = slices.changes(subject.model, working.model, resolved.slices)
     moving = {name for name, _ in resolved.parameters}
     for name, parameter in working.model.named_parameters():
         plain = name.replace(".base_layer.", ".")
@@ -401,12 +417,9 @@ def _delta(subject: LanguageModel, working: LanguageModel, resolved: Resolved, l
     if resolved.lora is not None:
         for target in resolved.lora.targets:
             layer = working.model.get_submodule(target)
-            a, b = (getattr(layer, part)["default"].weight.detach().float().cpu() for part in ("lora_A", "lora_B"))
-            if resolved.lora.transposed:  # the layer keeps (in, out): (B A)^T = A^T B^T
-                a, b = b.T, a.T
             if f"{target}.weight" in entries:
                 product = layer.get_delta_weight("default").detach().float().cpu()
                 entries[f"{target}.weight"]["difference"] += product
-            elif bool(b.any()):
-                entries[f"{target}.weight"] = {"A": a, "B": b, "scale": torch.tensor(float(layer.scaling["default"]))}
+            elif (entry := fila.low_rank(layer, transposed=resolved.lora.transposed)) is not None:
+                entries[f"{target}.weight"] = entry
     return Delta(subject.fingerprint, entries, lineage)
