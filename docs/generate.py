@@ -10,7 +10,6 @@ import csv
 import json
 import sys
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,19 @@ COLUMNS = {
     "methods": ("kind", "intention", "paper"),
     "attacks": ("group", "access", "paper"),
     "metrics": ("direction", "ideal", "paper"),
-    "benchmarks": ("paper",),
+    "benchmarks": ("paper", "data"),
     "subjects": ("modality",),
+    "reproductions": ("paper", "cost"),
 }
 INTRODUCTION = {
     "methods": "How to forget. Parameters: `method: {name: npo, beta: 0.2}` in the request, or `--set beta=0.2`.",
     "attacks": "How the audit tries to bring the knowledge back. All run by default, at the budget of their defaults.",
     "metrics": "What is measured before, after and on gold. A number is an interval over forget entities.",
-    "benchmarks": "Published data with its published protocol.",
+    "benchmarks": "Published data with its published protocol: `expunge bench NAME MODEL [--gold M] [--data PATH]`. "
+    "Without data: a mini version about the invented world, in the very same format.",
     "subjects": "What kinds of model can be changed and audited.",
+    "reproductions": "Claims of papers, tested at small scale: `expunge reproduce NAME`. Recorded runs: "
+    "[docs/reproductions](../reproductions).",
 }
 
 
@@ -94,8 +97,7 @@ def systems() -> str:
             state = (
                 "registered" if len(there) == len(wanted) else "in part" if there else "later" if row["later"] else "-"
             )
-            if any(find_spec(f"expunge.reproductions.{name}") for name in wanted):
-                state += ", reproduced"
+            state += "".join(f", [{name}](reproductions/{name}.md)" for name in recorded(wanted))
             shown = ", ".join(f"`{name}`" if name in names else name for name in wanted)
             rows.append([row["number"], row["paper"], shown, state])
     lines = [
@@ -103,10 +105,17 @@ def systems() -> str:
         "# Systems\n",
         "The forty papers the project sets out to cover, the names of their parts here, and how far each is.",
         "`registered`: every part can be run from the command line and from Python.",
-        "`reproduced`: `expunge reproduce NAME` measures the paper's claim at small scale.\n",
+        "A link: what `expunge reproduce NAME` measured of the paper's claims at small scale.\n",
         _table(["#", "paper", "here", "state"], rows),
     ]
     return "\n".join(lines)
+
+
+def recorded(systems: list[str]) -> list[str]:
+    """Reproductions of these systems whose findings are kept in docs/reproductions."""
+    about = {part.name: part.card.systems or (part.name,) for part in parts("reproductions")}
+    found = [name for name, named in about.items() if set(named) & set(systems)]
+    return [name for name in found if (DOCS / "reproductions" / f"{name}.md").is_file()]
 
 
 EXAMPLE = """\

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from expunge import registry
 from expunge.attacks.case import Case, carry_out
-from expunge.audit import _limit, _view
 from expunge.costs import Pass, kept, structure
 from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Training
@@ -29,7 +28,7 @@ from expunge.plan import estimate, passes
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.packed import Encoded, pack
-from expunge.tables.passes import Store
+from expunge.tables.passes import Store, ask_all, longest_answer
 
 
 def counting() -> FlopCounterMode:
@@ -251,8 +250,8 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
 
     fit = loop.fit
     monkeypatch.setattr(loop, "fit", trained)
-    store, limit = Store(tmp_path), _limit(subject, data)
-    _view(subject, data, limit, store, "after", None)
+    store, limit = Store(tmp_path), longest_answer(subject, data)
+    ask_all(subject, data, limit, store)
     carry_out(Case(subject, data, max_new_tokens=limit), attacks, store)
     assert planned["answers scored per model"] == made["scored"]
     assert planned["questions asked per model"] == made["asked"]

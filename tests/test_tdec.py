@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny
 
+from expunge.bench import bench
 from expunge.benchmarks import tdec
 from expunge.errors import ParameterError, RowError
 from expunge.metrics.exact_memorization import exact_memorization
-from expunge.registry import get
 from expunge.rows import Row
 from expunge.subjects import greedy
 from expunge.subjects.language import LanguageModel
@@ -232,10 +232,8 @@ def test_missing_and_unreadable_files(tmp_path):
 def test_the_benchmark_runs_from_files(trained, tmp_path):
     for name, seed in (("forget", 0), ("holdout", 7)):
         sample(tmp_path / f"{name}.csv", *(f"{row.id},books3,{row.answer}" for row in text_rows(3, seed=seed)))
-    part = get("benchmarks", "tdec")
-    files = {name: str(tmp_path / f"{name}.csv") for name in ("forget", "holdout")}
-    found = part.function(trained, **part.resolve({"n": 3, "length": 20, **files}))
-    assert found == tdec.judge(trained, text_rows(3), text_rows(3, seed=7), n=3, length=20)
-    assert found.forget.lengths == (20, 20, 20)
-    with pytest.raises(ParameterError, match="tdec needs holdout"):
-        part.function(trained, **part.resolve({"forget": files["forget"]}))
+    card = bench("tdec", trained, data=str(tmp_path), settings={"n": 3, "length": 20}, out=tmp_path / "out")
+    found = tdec.judge(trained, text_rows(3), text_rows(3, seed=7), n=3, length=20)
+    assert card.value("memorisation_accuracy") == pytest.approx(found.forget.means[0])
+    assert card.value("extraction_likelihood_of_holdout") == pytest.approx(found.holdout.means[1])
+    assert ("not forgotten" in card.notes[0]) == (not found.forgotten)

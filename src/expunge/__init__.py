@@ -15,12 +15,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evidence import Evidence
+    from .evidence import Evidence, Scorecard
     from .subjects.language import LanguageModel
 
     __version__: str
 
-__all__ = ["__version__", "audit", "forget", "load"]
+__all__ = ["__version__", "audit", "bench", "forget", "load"]
 
 
 def forget(
@@ -70,6 +70,32 @@ def audit(
     from .run import audit_model
 
     return audit_model(model, request=request, gold=gold, original=original, out=out)
+
+
+def bench(
+    name: str,
+    model: str | Path | LanguageModel,
+    *,
+    original: str | Path | LanguageModel | None = None,
+    gold: Sequence[str | Path | LanguageModel] = (),
+    data: str = "",
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+) -> Scorecard:
+    """Run a benchmark on a model.
+
+    Args:
+        name: the benchmark, e.g. "tofu"; `expunge list benchmarks` shows all.
+        model: a folder, a hub id, the folder of a run, or a loaded model.
+        original: the model before unlearning; a run's folder knows its own.
+        gold: models retrained without the forget rows.
+        data: folder with the published files, or a hub id; empty takes the mini version.
+        settings: parameters of the benchmark.
+        out: folder for tables and scorecard; runs/bench/NAME by default.
+    """
+    from .bench import bench as run_bench
+
+    return run_bench(name, model, original=original, gold=gold, data=data, settings=settings, out=out)
 
 
 def load(path: str | Path, **options: Any) -> LanguageModel:

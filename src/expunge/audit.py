@@ -13,8 +13,8 @@ from .errors import MismatchError, RequestError
 from .evidence import Evidence, Judged, ProbeRun, SelfTest, Verdict
 from .metrics.measure import Asked, measure_all
 from .rows import Row
-from .tables.passes import Generate, Score, Store, run
-from .tables.view import View, candidates
+from .tables.passes import Store, ask_all, longest_answer
+from .tables.view import View
 from .verdict import Judgement, Rules, Runs, auc, decide, judge, null
 
 Progress = Callable[[str, int, int], None]
@@ -26,9 +26,6 @@ PROOF: dict[str, dict[str, dict[str, Any]]] = {
     "thorough": {"decoding": {"samples": 64}, "relearn": {"steps": 128}},
 }
 """What the depth of proof changes in the attacks' own budgets."""
-
-MARGIN = 4
-"""Tokens beyond the longest known answer that a model may write."""
 
 FLAGS_OF_GUARDS = "keeps_forget_data"
 
@@ -84,7 +81,7 @@ def audit(
     comparable(after, [m for m in (before, *golds) if m is not None])
     data = {name: rows for name, rows in data.items() if rows}
     asked = list(attacks) if attacks is not None else battery(proof)
-    limit = max_new_tokens or _limit(after, data)
+    limit = max_new_tokens or longest_answer(after, data)
     store = Store(folder / "tables", shared)
     spent = dict(cost or {})
     models: dict[str, Any] = {"before": before} if before is not None else {}
@@ -94,7 +91,7 @@ def audit(
     runs: dict[str, list[ProbeRun]] = {}
     for role, model in models.items():
         began = time.monotonic()
-        views[role] = _view(model, data, limit, store, role, progress)
+        views[role] = ask_all(model, data, limit, store, name=role, progress=_phase(progress, f"ask: {role}"))
         middle = time.monotonic()
         case = Case(model, data, seed, limit)
         runs[role] = carry_out(case, asked, store, _phase(progress, f"attack: {role}"))
@@ -184,24 +181,6 @@ def comparable(after: Any, others: Sequence[Any]) -> None:
                 f"{other.name} has another tokenizer ({len(other.tokenizer)} tokens) than {after.name} "
                 f"({len(after.tokenizer)}); models that are compared must share one"
             )
-
-
-def _limit(subject: Any, data: dict[str, list[Row]]) -> int:
-    """The longest answer anybody may need, in tokens."""
-    return max(subject.encode(row).scored for rows in data.values() for row in rows) + MARGIN
-
-
-def _view(
-    model: Any, data: dict[str, list[Row]], limit: int, store: Store, role: str, progress: Progress | None
-) -> View:
-    """Everything that metrics and side effects read, in one scoring pass and one generation pass."""
-    asks: list[Generate | Score] = []
-    for rows in data.values():
-        items = tuple(((row.id, name), row, text, None) for row in rows for name, text in candidates(row).items())
-        asks.append(Score(items))
-        asks.append(Generate(tuple(((row.id, "question"), row, None) for row in rows), limit))
-    answers = run(model, asks, store, _phase(progress, f"ask: {role}"))
-    return View(data, dict(zip(data, answers[0::2])), dict(zip(data, answers[1::2])), name=role)
 
 
 def _caveats(probes: Sequence[Judged]) -> None:

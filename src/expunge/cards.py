@@ -112,9 +112,28 @@ class BenchmarkCard:
     name: str
     paper: str
     summary: str
+    data: str
+    """Where the published data is: a hub id, or a place in words."""
     modality: tuple[str, ...] = ("language",)
     version: int = 1
     kind: str = "benchmark"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproductionCard:
+    """A paper's claim, tested at small scale."""
+
+    name: str
+    paper: str
+    summary: str
+    cost: str
+    """Time on 2 cores for three seeds."""
+    systems: tuple[str, ...] = ()
+    """Names of docs/systems.csv that it is about; by default its own."""
+    modality: tuple[str, ...] = ("language",)
+    version: int = 1
+    """Raised when the same settings would give another result: finished trials of another version are not used."""
+    kind: str = "reproduction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +147,7 @@ class SubjectCard:
     kind: str = "subject"
 
 
-Card = MethodCard | AttackCard | MetricCard | BenchmarkCard | SubjectCard
+Card = MethodCard | AttackCard | MetricCard | BenchmarkCard | SubjectCard | ReproductionCard
 
 
 def first_sentence(summary: str) -> str:

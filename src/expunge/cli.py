@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import catalogue, deltas, ledger, work, world
+from .commands import catalogue, deltas, ledger, measure, work, world
 from .commands.console import remark, say
 
 DONE, BUG, MISTAKE, NOT_MET, INTERRUPTED = 0, 1, 2, work.NOT_MET, 130
@@ -46,6 +46,8 @@ app.command()(work.run)
 app.command()(work.plan)
 app.command()(work.audit)
 app.command()(work.compare)
+app.command()(measure.bench)
+app.command()(measure.reproduce)
 app.command("list")(catalogue.list_parts)
 app.command()(catalogue.card)
 app.command()(catalogue.schema)

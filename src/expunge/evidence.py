@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .errors import TableError, suggest
 
 SCHEMA_VERSION = 1
 GROUPS = ("direct", "black_box", "latent", "tamper", "reintroduce")
@@ -94,6 +97,67 @@ class Measured:
 
 
 @dataclass
+class Table:
+    """A table for people; cells are plain values."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+
+@dataclass
+class Scorecard:
+    """What a benchmark found."""
+
+    models: list[dict[str, str]]
+    """{role, name, fingerprint}"""
+    measured: list[Measured]
+    headline: list[str]
+    """Scores to show first, by name."""
+    tables: list[Table]
+    notes: list[str]
+    rows: dict[str, int]
+    data: str
+    cost: dict[str, Any]
+    benchmark: str = ""
+    paper: str = ""
+    summary: str = ""
+    version: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, name: str, role: str = "after") -> float:
+        """The value of one score on one model.
+
+        Raises:
+            TableError: there is no such score.
+        """
+        for one in self.measured:
+            if one.metric == name and getattr(one, role) is not None:
+                return float(getattr(one, role).value)
+        known = [one.metric for one in self.measured if getattr(one, role) is not None]
+        raise TableError(f"{self.benchmark} has no score {name!r} of {role}. {suggest(name, known)}")
+
+    def save(self, path: Path) -> None:
+        from .files import write_text
+
+        write_text(path, json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Scorecard:
+        from .errors import OutputError
+
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            data["measured"] = [_measured(one) for one in data["measured"]]
+            data["tables"] = [Table(**one) for one in data["tables"]]
+            return Scorecard(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{path} is not a readable scorecard: {error}") from None
+
+
+@dataclass
 class SideEffect:
     """Something that should not have changed."""
 
@@ -176,24 +240,26 @@ class Evidence:
         if data.get("schema") != SCHEMA_VERSION:
             raise OutputError(f"{path} has evidence schema {data.get('schema')}, this version reads {SCHEMA_VERSION}")
 
-        def interval(value: dict[str, float] | None) -> Interval | None:
-            return None if value is None else Interval(**{k: _number(v) for k, v in value.items()})
-
-        data["probes"] = [Judged(**{**probe, "recovery": interval(probe["recovery"])}) for probe in data["probes"]]
+        data["probes"] = [Judged(**{**probe, "recovery": _interval(probe["recovery"])}) for probe in data["probes"]]
         data["runs"] = {
             role: [ProbeRun(**{**run, "items": [Item(**item) for item in run["items"]]}) for run in runs]
             for role, runs in data["runs"].items()
         }
-        data["metrics"] = [
-            Measured(**{**m, **{role: interval(m[role]) for role in ("before", "after", "gold")}})
-            for m in data["metrics"]
-        ]
+        data["metrics"] = [_measured(one) for one in data["metrics"]]
         data["side_effects"] = [SideEffect(**effect) for effect in data["side_effects"]]
         data["self_test"] = SelfTest(**data["self_test"]) if data["self_test"] else None
         verdict = data["verdict"]
-        verdict["groups"] = {group: interval(value) for group, value in verdict["groups"].items()}
+        verdict["groups"] = {group: _interval(value) for group, value in verdict["groups"].items()}
         data["verdict"] = Verdict(**verdict)
         return Evidence(**data)
+
+
+def _interval(value: dict[str, float | None] | None) -> Interval | None:
+    return None if value is None else Interval(**{k: _number(v) for k, v in value.items()})
+
+
+def _measured(saved: dict[str, Any]) -> Measured:
+    return Measured(**{**saved, **{role: _interval(saved[role]) for role in ("before", "after", "gold")}})
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from . import registry
 from .attacks.case import Case
-from .audit import _limit, battery
+from .audit import battery
 from .costs import Pass, Structure, kept, structure
 from .errors import SubjectError
 from .methods.optimise.loop import Drawn, Guard, Training, draw
@@ -29,7 +29,7 @@ from .rows import Row
 from .subjects.language import LanguageModel, Template
 from .subjects.packed import Encoded, batches, pack
 from .tables.generations import Generations
-from .tables.passes import Ask, Generate, Hidden
+from .tables.passes import Ask, Generate, Hidden, longest_answer
 from .tables.view import candidates
 
 ATTAINED = 0.6
@@ -336,7 +336,7 @@ def passes(
 
     An attack is a generator: it is started, and what it asks and teaches is counted instead of answered and trained.
     """
-    limit = _limit(subject, data)
+    limit = longest_answer(subject, data)
     case = _Watched(subject, data, seed, limit)
     for rows in data.values():
         case.note(case.questions(rows))

@@ -2,7 +2,7 @@
 
 A part is one function whose typed keyword-only arguments are its parameters: the request file, the command line, the
 docs and the validation are made from that signature. Packages add parts through the entry point groups
-`expunge.methods`, `expunge.attacks`, `expunge.metrics`, `expunge.benchmarks`; a single file through `load_plugin`.
+`expunge.methods`, `expunge.attacks`, `expunge.metrics`, `expunge.benchmarks` ...; a single file through `load_plugin`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from .cards import AttackCard, BenchmarkCard, Card, MethodCard, MetricCard, SubjectCard
+from .cards import AttackCard, BenchmarkCard, Card, MethodCard, MetricCard, ReproductionCard, SubjectCard
 from .errors import CardError, ParameterError, UnknownNameError, suggest
 
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "metrics": ("expunge.metrics",),
     "benchmarks": ("expunge.benchmarks",),
     "subjects": ("expunge.subjects",),
+    "reproductions": ("expunge.reproductions",),
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -195,6 +196,7 @@ attack = _plain("attacks", AttackCard)
 metric = _plain("metrics", MetricCard)
 benchmark = _plain("benchmarks", BenchmarkCard)
 subject = _plain("subjects", SubjectCard)
+reproduction = _plain("reproductions", ReproductionCard)
 
 
 def _import_all(room: str) -> None:

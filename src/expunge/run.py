@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import registry
 from .cards import card_dict
+from .environment import environment, versions
 from .errors import OutputError, RequestError
 from .evidence import Evidence
 from .files import write_text
@@ -295,7 +295,7 @@ class _Job:
                 proof=self.request.proof,
             )
             self._write("request.json", self.request.model_dump())
-        self.ledger.append("resumed" if state else "started", **about, versions=_versions())
+        self.ledger.append("resumed" if state else "started", **about, versions=versions())
         self._write("run.json", {"key": self.key, "status": "running", "method": self.request.method_name})
         try:
             method = self._change() if change else {"name": "audit of a given model", "settings": {}}
@@ -438,7 +438,7 @@ class _Job:
             max_new_tokens=request.audit.max_new_tokens,
             self_test=request.audit.self_test,
             shared=self.folder.parent / ".expunge-tables",
-            environment=_environment(self.subject),
+            environment=environment(str(self.subject.device), str(self.subject.dtype)),
             cost={"change": method["cost"]} if "cost" in method else {},
             warnings=[*warnings, *own],
             progress=self.progress,
@@ -465,25 +465,3 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("expunge", "torch", "transformers")}
-
-
-def _environment(subject: LanguageModel) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    import torch
-
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(subject.device),
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }

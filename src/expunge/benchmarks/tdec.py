@@ -21,10 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ParameterError, RowError, suggest
+from ..evidence import Scorecard
 from ..registry import benchmark
 from ..rows import Row, Source, read_rows
 from ..subjects.greedy import Paths, paths
 from ..subjects.language import LanguageModel, Progress
+from ..world.corpus import passage
+from ..world.facts import World
+from .case import Bench
 
 COLUMNS = ("doc_id", "corpus", "text")
 
@@ -65,20 +69,64 @@ class Judgement:
     """Name of the model the thresholds were taken on."""
 
 
-@benchmark(paper="arXiv:2210.01504")
-def tdec(subject: LanguageModel, *, forget: str = "", holdout: str = "", n: int = 10, length: int = 200) -> Judgement:
+@benchmark(paper="arXiv:2210.01504", data="lm_extraction_32_0.csv of the authors' repository")
+def tdec(
+    bench: Bench, *, forget: str = "forget.csv", holdout: str = "holdout.csv", n: int = 10, length: int = 200
+) -> Scorecard:
     """Whether texts can still be extracted: EL_n and MA of forget texts against those of texts the model never saw.
 
     Args:
-        forget: csv with doc_id, corpus and text (the paper's `lm_extraction_32_0.csv`).
-        holdout: csv of texts that were in no training data.
+        forget: csv with doc_id, corpus and text (the paper's `lm_extraction_32_0.csv`), in the data folder.
+        holdout: csv of texts that were in no training data, in the data folder.
         n: tokens that a continuation and the text must have in common, in a row.
         length: longer texts are cut to so many tokens; the published texts are 200 tokens of GPT-Neo.
     """
-    for name, path in (("forget", forget), ("holdout", holdout)):
-        if not path:
-            raise ParameterError(f"benchmark tdec needs {name}: a csv file with the columns {', '.join(COLUMNS)}")
-    return judge(subject, read(forget), read(holdout), n=n, length=length)
+    folder = Path(bench.source(mini))
+    sets = {"forget": read(folder / forget), "holdout": read(folder / holdout)}
+    found = {
+        role: {name: extraction_likelihood(model, rows, n=n, length=length) for name, rows in sets.items()}
+        for role, model in bench.models.items()
+    }
+    scores = []
+    for rows in sets:
+        for name, quantity, sentence in (
+            ("memorisation_accuracy", "accuracy", "How often the next word piece of a text is the likeliest one."),
+            ("extraction_likelihood", "likelihood", f"How much of a text comes back in runs of {n} when it is begun."),
+        ):
+            each = {role: getattr(several[rows], quantity) for role, several in found.items()}
+            scores.append(
+                bench.score(
+                    name if rows == "forget" else f"{name}_of_holdout",
+                    rows,
+                    each,
+                    sets[rows],
+                    direction="closest_to_gold",
+                    ideal="at most that of texts the model before never saw",
+                    sentence=sentence,
+                )
+            )
+    start = found.get("before", found["after"])["holdout"].means
+    means = found["after"]["forget"].means
+    forgotten = means[0] <= start[0] and means[1] <= start[1]
+    word = "forgotten" if forgotten else "not forgotten"
+    return bench.scorecard(
+        scores,
+        headline=["extraction_likelihood", "memorisation_accuracy"],
+        rows={name: len(rows) for name, rows in sets.items()},
+        notes=[
+            f"By the paper's rule the texts are {word}: MA {means[0]:.3f} and EL {means[1]:.3f}; unseen texts under "
+            f"the model before: {start[0]:.3f} and {start[1]:.3f}."
+        ],
+    )
+
+
+def mini(world: World, folder: Path) -> None:
+    """Passages about forgotten people and about held-out ones, as the published csv has texts."""
+    for name in ("forget", "holdout"):
+        with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows([i, "world", passage(world, one)] for i, one in enumerate(world.members(name)))
 
 
 def read(path: str | Path) -> list[Row]:

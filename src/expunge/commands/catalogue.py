@@ -24,11 +24,11 @@ def load_plugins(files: list[Path] | None) -> None:
 
 
 def list_parts(
-    room: Annotated[str, typer.Argument(help="methods, attacks, metrics, benchmarks or subjects.")],
+    room: Annotated[str, typer.Argument(help="methods, attacks, metrics, benchmarks, subjects or reproductions.")],
     json: Json = False,
     plugin: Plugins = None,
 ) -> None:
-    """List methods, attacks, metrics, benchmarks or subjects."""
+    """List the parts of one kind."""
     from ..cards import card_dict, first_sentence
     from ..registry import parts
 
@@ -46,7 +46,7 @@ def list_parts(
 
 
 def card(
-    name: Annotated[str, typer.Argument(help="Name of a method, attack, metric, benchmark or subject.")],
+    name: Annotated[str, typer.Argument(help="Name of a method, attack, metric, benchmark, subject or reproduction.")],
     json: Json = False,
     plugin: Plugins = None,
 ) -> None:
@@ -82,6 +82,7 @@ def find_part(name: str) -> Any:
     from ..errors import UnknownNameError, suggest
     from ..registry import ROOMS, get, parts
 
+    # A reproduction has the name of what it is about.
     for room in ROOMS:
         try:
             return get(room, name)

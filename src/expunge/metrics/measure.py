@@ -116,14 +116,47 @@ def measure_all(
     return measured, notes
 
 
-def _measured(part: Part, settings: dict[str, Any], found: dict[str, list[Values]], draws: Bootstrap) -> Measured:
+def _measured(part: Part, settings: dict[str, Any], found: Found, draws: Bootstrap) -> Measured:
+    card = part.card
+    return gather(
+        part.name,
+        found,
+        draws,
+        direction=card.direction,  # type: ignore[union-attr]
+        ideal=card.ideal,  # type: ignore[union-attr]
+        sentence=card.sentence,  # type: ignore[union-attr]
+        version=card.version,  # type: ignore[union-attr]
+        settings=settings,
+    )
+
+
+Found = Mapping[str, Sequence[Values]]
+"""before, after, gold: what one metric found on each model of that role."""
+
+
+def gather(
+    name: str,
+    found: Found,
+    draws: Bootstrap,
+    *,
+    direction: str,
+    ideal: str,
+    sentence: str,
+    version: int = 1,
+    settings: Mapping[str, Any] | None = None,
+) -> Measured:
+    """One number on all models, with intervals. Gold's is the mean over the golds."""
     after = found["after"][0]
     intervals: dict[str, Interval | None] = {}
-    for role, several in found.items():
+    for role in ("before", "after", "gold"):
+        several = found.get(role, [])
         value = float(np.mean([one.value for one in several])) if several else 0.0
         drawn = [draws.distribution(one) for one in several]
         intervals[role] = interval(value, np.mean(drawn, axis=0)) if several else None
-    extra: dict[str, Any] = {"settings": settings, "entities": len(set(zip(after.units.sets, after.units.entities)))}
+    extra: dict[str, Any] = {
+        "settings": dict(settings or {}),
+        "entities": len(set(zip(after.units.sets, after.units.entities))),
+    }
     extra |= {role: [one.extra for one in several] for role, several in found.items() if several}
     if after.each is not None:
         extra["each"] = {"row": list(after.units.ids)}
@@ -132,16 +165,15 @@ def _measured(part: Part, settings: dict[str, Any], found: dict[str, list[Values
                 mean = np.mean(np.array([one.each for one in several], dtype=np.float64), axis=0)
                 extra["each"][role] = [float(f"{number:.5g}") for number in mean]
     flags = [f"{role}: {one.flag}" for role, several in found.items() for one in several if one.flag]
-    card = part.card
     return Measured(
-        metric=part.name,
+        metric=name,
         rows=" + ".join(dict.fromkeys(after.units.sets)),
         **intervals,
         n=len(after.units),
-        direction=card.direction,  # type: ignore[union-attr]
-        ideal=card.ideal,  # type: ignore[union-attr]
-        sentence=card.sentence,  # type: ignore[union-attr]
-        version=card.version,  # type: ignore[union-attr]
+        direction=direction,
+        ideal=ideal,
+        sentence=sentence,
+        version=version,
         flag="; ".join(dict.fromkeys(flags)),
         extra=extra,
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .language import LOGIT_ELEMENTS, TOKEN_BUDGET, LanguageModel, Progress
+from .language import LOGIT_ELEMENTS, TOKEN_BUDGET, LanguageModel, Progress, cache_name
 
 Text = tuple[int, ...]
 Layers = list[tuple[Tensor, Tensor]]
@@ -116,7 +116,7 @@ def _states(subject: LanguageModel, texts: Sequence[Text], keep: bool) -> tuple[
     ids = torch.tensor([[*text[:-1], *[0] * (width + 1 - len(text))] for text in texts], device=subject.device)
     # Without the configuration, sliding windows keep all tokens too: prefixes are cut from them later.
     cache = DynamicCache() if keep else None
-    states = subject.decoder(input_ids=ids, past_key_values=cache, use_cache=keep).last_hidden_state
+    states = subject.decoder(input_ids=ids, use_cache=keep, **{cache_name(subject.decoder): cache}).last_hidden_state
     return states, [(layer.keys, layer.values) for layer in cache.layers] if cache else []
 
 
@@ -163,7 +163,7 @@ class Whole:
 
     def feed(self, module: nn.Module, tokens: Tensor, **more: Any) -> Any:
         """What the module says of the next tokens (batch, n), which are read from now on."""
-        return module(input_ids=tokens, past_key_values=self.cache, use_cache=True, **more)
+        return module(input_ids=tokens, use_cache=True, **{cache_name(module): self.cache}, **more)
 
 
 class Room(DynamicLayer):
@@ -221,7 +221,8 @@ class Cut:
         if "position_ids" in inspect.signature(module.forward).parameters:
             more["position_ids"] = self.lengths[:, None]
         self.lengths = self.lengths + 1
-        return module(input_ids=tokens, attention_mask=self.seen, past_key_values=self.cache, use_cache=True, **more)
+        more |= {"attention_mask": self.seen, cache_name(module): self.cache}
+        return module(input_ids=tokens, use_cache=True, **more)
 
 
 def _can_cut(subject: LanguageModel, length: int) -> bool:

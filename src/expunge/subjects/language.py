@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -735,7 +736,8 @@ class LanguageModel:
         stops = torch.tensor(sorted(self.stop_ids), device=self.device)
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor(prompts, device=self.device)
-        logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        kept = {cache_name(self.model): cache, "use_cache": True, "logits_to_keep": 1}
+        logits = self.model(input_ids=ids, **kept).logits[:, -1]
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits = logits.repeat_interleave(samples, dim=0)
@@ -761,9 +763,7 @@ class LanguageModel:
                 keep = (~finished).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 alive, token = alive[keep], token[keep]
-            logits = self.model(
-                input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
+            logits = self.model(input_ids=token[:, None], **kept).logits[:, -1]
         return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
 
     # --- hidden states ---------------------------------------------------------------------------------------
@@ -832,6 +832,11 @@ _TYPES = {
     "variance": np.float32,
     "end": bool,
 }
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a forward pass calls the keys and values it goes on from; transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..rows import Row
 from .generations import Generations
 from .scores import Scores
 from .store import content_key
+from .view import View, candidates
 
 CODE = 1
 """Raised when the same ask would get another answer."""
@@ -159,6 +160,41 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         if names[i]:
             store.keep(str(names[i]), answers[i].save)
     return answers
+
+
+MARGIN = 4
+"""Tokens beyond the longest known answer that a model may write."""
+
+
+def longest_answer(subject: Any, data: Mapping[str, list[Row]]) -> int:
+    """How many tokens anybody may need to answer, and a few more."""
+    return max(subject.encode(row).scored for rows in data.values() for row in rows) + MARGIN
+
+
+def ask_all(
+    subject: Any,
+    data: Mapping[str, list[Row]],
+    max_new_tokens: int,
+    store: Store | None = None,
+    *,
+    name: str = "model",
+    progress: Progress | None = None,
+) -> View:
+    """Everything that metrics and side effects read, in one scoring pass and one generation pass.
+
+    Every candidate answer of every row is scored; every row's own question is answered greedily, unless
+    `max_new_tokens` is 0.
+    """
+    asks: list[Ask] = []
+    for rows in data.values():
+        items = tuple(((row.id, name_), row, text, None) for row in rows for name_, text in candidates(row).items())
+        asks.append(Score(items))
+        if max_new_tokens:
+            asks.append(Generate(tuple(((row.id, "question"), row, None) for row in rows), max_new_tokens))
+    answers = run(subject, asks, store, progress)
+    step = 2 if max_new_tokens else 1
+    generations = dict(zip(data, answers[1::2])) if max_new_tokens else {}
+    return View(data, dict(zip(data, answers[0::step])), generations, name=name)
 
 
 def _prompts(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None], ...]:

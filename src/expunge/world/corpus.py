@@ -226,10 +226,7 @@ def files(world: World) -> dict[str, list[Record]]:
         split: [row for person in world.members(split) for row in questions(world, person)]
         for split in ("forget", "retain", "neighbour", "holdout")
     }
-    passages = [
-        {"entity": person.name, "text": " ".join(_passage(world, person))}
-        for person in world.members("forget", "retain")
-    ]
+    passages = [{"entity": person.name, "text": passage(world, person)} for person in world.members("forget", "retain")]
     known = ("forget", "neighbour", "retain")
     return {
         **asked,
@@ -240,6 +237,9 @@ def files(world: World) -> dict[str, list[Record]]:
     }
 
 
-def _passage(world: World, person: Person) -> list[str]:
+def passage(world: World, person: Person) -> str:
+    """Running text about a person: one trained statement of each stated fact."""
     said = [statements(world, person, relation)[0][0] for relation in RELATIONS]
-    return [statement.replace("{value}", person.value(relation)) for statement, relation in zip(said, RELATIONS)]
+    return " ".join(
+        statement.replace("{value}", person.value(relation)) for statement, relation in zip(said, RELATIONS)
+    )

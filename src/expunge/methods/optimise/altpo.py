@@ -5,8 +5,7 @@ from torch import Tensor
 from ...errors import RowError
 from ...registry import optimise
 from ...rows import Source, read_rows
-from .dpo import dpo
-from .terms import RetainTerm, Step
+from .terms import RetainTerm, Step, preference
 from .unlearn import Preparation
 
 
@@ -54,4 +53,4 @@ def altpo(
     `alternates` is a file of {"question", "alternate"} rows, several per question (the paper has a model write 5 at
     temperature 1); by default each row's perturbed answers.
     """
-    return dpo(step, beta=beta, retain=retain, retain_weight=retain_weight)
+    return preference(step, beta) + retain_weight * step.retain_term(retain)

@@ -1,10 +1,9 @@
 """Direct preference optimisation towards an alternative answer."""
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from ...registry import optimise
-from .terms import Alternatives, RetainTerm, Step
+from .terms import Alternatives, RetainTerm, Step, preference
 
 
 @optimise(
@@ -28,7 +27,4 @@ def dpo(
     Rafailov et al. 2023, eq. 7, with the forgotten answer as the rejected one (TOFU, arXiv:2401.06121); scaled by
     2/beta as NPO is.
     """
-    preferred = step.alternative.logprob - step.alternative.reference
-    rejected = step.forget.logprob - step.forget.reference
-    loss = -2 / beta * logsigmoid(beta * (preferred - rejected)).mean()
-    return loss + retain_weight * step.retain_term(retain)
+    return preference(step, beta) + retain_weight * step.retain_term(retain)

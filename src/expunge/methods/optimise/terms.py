@@ -201,6 +201,14 @@ def towards(side: Side, wanted: Callable[[Tensor, Tensor], Tensor], at: Tensor |
     return of_logits(side, term, at)
 
 
+def preference(step: Step, beta: float) -> Tensor:
+    """-2/beta mean over rows of log sigmoid(beta (preferred - rejected)): the alternative before the forgotten answer,
+    both relative to the start model (arXiv:2305.18290, eq. 7; scaled as NPO is)."""
+    preferred = step.alternative.logprob - step.alternative.reference
+    rejected = step.forget.logprob - step.forget.reference
+    return -2 / beta * torch.nn.functional.logsigmoid(beta * (preferred - rejected)).mean()
+
+
 def margin(side: Side) -> Tensor:
     """(T,) how far the highest logit stands above the mean of all: 0 where every token is as likely as every other."""
 
