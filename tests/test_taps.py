@@ -52,7 +52,7 @@ def test_early_exit_and_entry_have_the_loss_and_the_gradients_of_the_full_pass(a
     subject = LanguageModel(*tiny(architecture))
     assert subject.can_enter
     pack_ = pack(encoded(subject))
-    name = subject.blocks[1][0] + "."
+    name = subject.blocks[1].name + "."
     moving = {n: p for n, p in subject.model.named_parameters() if n.startswith(name)}
 
     def gradient(taps, entry_=None):
@@ -91,7 +91,7 @@ def test_router_logits_choose_the_experts_the_model_chooses(architecture):
     subject = LanguageModel(*tiny(architecture))
     pack_ = pack(encoded(subject))
     layer = 2
-    weight = subject.blocks[layer][1]
+    weight = subject.blocks[layer].router
     seen = []
     handle = subject.model.get_submodule(weight.rpartition(".")[0]).register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].reshape(-1, inputs[0].shape[-1]))

@@ -27,7 +27,9 @@ from torch.overrides import TorchFunctionMode
 from ..errors import SubjectError
 
 TOKENS = 13
-"""Length of the traced pass: a softmax over that many entries is attention."""
+"""Length of the traced pass."""
+SCORES = (TOKENS, TOKENS + 1)
+"""A softmax over so many entries is attention; sinks (gpt-oss) add one."""
 
 Place = tuple[int | None, str]
 """(layer, parameter name)"""
@@ -204,7 +206,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         name = getattr(function, "__name__", "")
         tensors = [a for a in args if isinstance(a, Tensor)]
-        between = name == "softmax" and tensors and tensors[0].dim() > 2 and tensors[0].shape[-1] == TOKENS
+        between = name == "softmax" and tensors and tensors[0].dim() > 2 and tensors[0].shape[-1] in SCORES
         if self.stack and self.seen.attention is None and (between or function is F.scaled_dot_product_attention):
             self.seen.attention = self.stack[-1]
         for tensor in tensors:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..errors import RowError, SubjectError
 from ..registry import subject
 from ..rows import Row
 from ..tables.generations import Generations
+from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, pack, packed_attention
@@ -53,8 +54,20 @@ class Taps:
     """Final hidden states at answer positions; without them the pass stops after the highest tapped block."""
     layers: tuple[int, ...] = ()
     routers: tuple[int, ...] = ()
+    chosen: tuple[int, ...] = ()
+    """Blocks whose chosen experts are read, with their weights."""
     positions: Literal["all", "answer"] = "all"
-    """Where layers and routers are read: every fed token of every row, or those that predict the answer."""
+    """Where all but the final states are read: every fed token of every row, or those that predict the answer."""
+
+
+class BlockParts(NamedTuple):
+    """One decoder block, by the names of its modules."""
+
+    name: str
+    router: str | None
+    """Its router's matrix (a parameter); None in a dense block."""
+    experts: str | None
+    """The module that is called with the experts chosen; None in a dense block and where they are called otherwise."""
 
 
 class _Stop(Exception):
@@ -118,7 +131,7 @@ class LanguageModel:
         """The subject that a delta was applied to, where this one was made so."""
         self._mode: str | None = None
         self._can_enter: bool | None = None
-        self._parts: list[tuple[str, str | None]] | None = None
+        self._parts: list[BlockParts] | None = None
 
     # --- loading, saving, identity ---------------------------------------------------------------------------
 
@@ -402,11 +415,13 @@ class LanguageModel:
 
         Returns:
             "final" (A, d) states at the positions that predict answer tokens; "layer.7" (P, d) residual stream after
-            block 7, before the final norm; "router.7" (P, E) router logits. P positions: all fed tokens of every row in
-            turn (`pack_.every`), or those that predict the answer (`pack_.predict`).
+            block 7, before the final norm; "router.7" (P, E) router logits; "chosen.7" (P, K) experts and "weight.7"
+            (P, K) what their outputs are multiplied by. P positions: all fed tokens of every row in turn
+            (`pack_.every`), or those that predict the answer (`pack_.predict`).
 
         Raises:
-            SubjectError: a tapped block does not exist or has no router, or the model cannot be entered.
+            SubjectError: a tapped block does not exist, has no router or does not say which experts it chose, or the
+                model cannot be entered.
         """
         if self.mode == "rows":
             parts = [self._row_reading(row, taps) for row in pack_.rows]
@@ -443,7 +458,17 @@ class LanguageModel:
             def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
                 inputs = arguments[0] if arguments else next(iter(named.values()))
                 matrix = self.model.get_parameter(weight)
-                found[name] = torch.nn.functional.linear(inputs.reshape(-1, matrix.shape[1]).to(matrix.dtype), matrix)
+                bias = getattr(self.model.get_submodule(weight.rpartition(".")[0]), "bias", None)
+                inputs = inputs.reshape(-1, matrix.shape[1]).to(matrix.dtype)
+                found[name] = torch.nn.functional.linear(inputs, matrix, bias)
+
+            return hook
+
+        def choose(layer: int) -> Callable[..., None]:
+            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                _, index, weights = [*arguments, *named.values()][:3]
+                found[f"chosen.{layer}"] = index.reshape(-1, index.shape[-1])
+                found[f"weight.{layer}"] = weights.reshape(-1, weights.shape[-1])
 
             return hook
 
@@ -454,18 +479,26 @@ class LanguageModel:
         try:
             for layer in taps.layers:
                 self._check_layer(layer)
-                handles.append(self.model.get_submodule(blocks[layer][0]).register_forward_hook(keep(f"layer.{layer}")))
+                module = self.model.get_submodule(blocks[layer].name)
+                handles.append(module.register_forward_hook(keep(f"layer.{layer}")))
             for layer in taps.routers:
                 self._check_layer(layer)
-                weight = blocks[layer][1]
+                weight = blocks[layer].router
                 if weight is None:
                     raise SubjectError(f"block {layer} of {self.name} has no router; it is dense")
                 owner = self.model.get_submodule(weight.rpartition(".")[0])
                 hook = route(f"router.{layer}", weight)
                 handles.append(owner.register_forward_pre_hook(hook, with_kwargs=True))
+            for layer in taps.chosen:
+                self._check_layer(layer)
+                experts = blocks[layer].experts
+                if experts is None:
+                    raise SubjectError(f"block {layer} of {self.name} does not say which experts its tokens take")
+                module = self.model.get_submodule(experts)
+                handles.append(module.register_forward_pre_hook(choose(layer), with_kwargs=True))
             if not taps.final:
-                last = max((*taps.layers, *taps.routers))
-                handles.append(self.model.get_submodule(blocks[last][0]).register_forward_hook(stop))
+                last = max((*taps.layers, *taps.routers, *taps.chosen))
+                handles.append(self.model.get_submodule(blocks[last].name).register_forward_hook(stop))
             try:
                 final = run()
             except _Stop:
@@ -480,14 +513,19 @@ class LanguageModel:
             raise SubjectError(f"{self.name} has blocks 0-{len(self.blocks) - 1}, there is no block {layer}")
 
     @property
-    def blocks(self) -> list[tuple[str, str | None]]:
-        """(module name, name of the router's matrix or None) of every decoder block."""
+    def blocks(self) -> list[BlockParts]:
+        """The decoder's blocks."""
         if self._parts is None:
             from .anatomy import anatomy
+            from .routing import caller
 
             shapes = {name: p.dim() for name, p in self.model.named_parameters()}
             self._parts = [
-                (block.name, next((name for name in block.router if shapes[name] == 2), None))
+                BlockParts(
+                    block.name,
+                    next((name for name in block.router if shapes[name] == 2), None),
+                    caller(self.model, block) if block.experts else None,
+                )
                 for block in anatomy(self.model).blocks
             ]
         return self._parts
@@ -499,7 +537,7 @@ class LanguageModel:
             yield
             return
         layer, states = entry
-        names = [name for name, _ in self.blocks]
+        names = [block.name for block in self.blocks]
         owner: nn.Module = self.model.get_submodule(names[0].rpartition(".")[0])
         before = dict(owner._modules)
         at = self.model.get_submodule(names[layer])
@@ -530,7 +568,7 @@ class LanguageModel:
             found.append(len(output) - 1 if isinstance(output, tuple) else -1)
             raise _Stop
 
-        handle = self.model.get_submodule(self.blocks[0][0]).register_forward_hook(look)
+        handle = self.model.get_submodule(self.blocks[0].name).register_forward_hook(look)
         try:
             with torch.no_grad():
                 self.decoder(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.device), use_cache=False)
@@ -575,7 +613,7 @@ class LanguageModel:
                 return (output[0] + delta.to(output[0].dtype), *output[1:])
             return output + delta.to(output.dtype)
 
-        handle = self.model.get_submodule(self.blocks[layer][0]).register_forward_hook(shift)
+        handle = self.model.get_submodule(self.blocks[layer].name).register_forward_hook(shift)
         try:
             yield
         finally:
@@ -633,6 +671,38 @@ class LanguageModel:
             {"dtype": str(self.dtype), "subject": self.name},
         )
         return table.take(np.argsort(order).tolist() if order else [])
+
+    @torch.no_grad()
+    def routes(self, items: Sequence[tuple[Key, Encoded]], *, progress: Progress | None = None) -> Routes:
+        """Which experts every fed token takes, in every block that says so; passes end after the last of them.
+
+        Raises:
+            SubjectError: no block does.
+        """
+        layers = tuple(index for index, block in enumerate(self.blocks) if block.experts)
+        if not layers:
+            raise SubjectError(f"{self.name} has no block that says which experts its tokens take")
+        rows = [row for _, row in items]
+        parts: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+        order: list[int] = []
+        for group in batches(rows, TOKEN_BUDGET):
+            states = self.states(pack([rows[i] for i in group], self.device), Taps(final=False, chosen=layers))
+            for layer in layers:
+                parts[layer].append(states[f"chosen.{layer}"].cpu().numpy())
+            order += group
+            if progress:
+                progress(len(order), len(rows))
+        counts = {layer: len(self.model.get_parameter(str(self.blocks[layer].router))) for layer in layers}
+        chosen = {
+            layer: np.concatenate(found).astype(np.uint8 if counts[layer] <= 256 else np.int16)
+            if found
+            else np.zeros((0, 1), np.uint8)
+            for layer, found in parts.items()
+        }
+        about = {"experts": {str(layer): count for layer, count in counts.items()}, "subject": self.name}
+        table = Routes.of([items[i][0] for i in order], [len(rows[i].ids) - 1 for i in order], chosen, about)
+        places = np.argsort(order).tolist() if order else []
+        return table.take(places, [key for key, _ in items])
 
     def statistics(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(logprob, hit, mean, variance) per answer token; hidden (n, d), target (n,). Logits live in chunks only."""

@@ -1,8 +1,8 @@
 """Passes: what attacks and metrics ask of a model, merged so that a model reads every row once.
 
-An asker says what it wants (`Generate`, `Score`, `Hidden`) without knowing who else asks. `run` puts equal wishes
-together, calls the model as few times as possible, and keeps the answers as arrow files under the hash of what was
-asked of whom: an audit that was killed goes on, and a model that was audited before is not asked again.
+An asker says what it wants (`Generate`, `Score`, `Route`, `Hidden`) without knowing who else asks. `run` puts equal
+wishes together, calls the model as few times as possible, and keeps the answers as arrow files under the hash of what
+was asked of whom: an audit that was killed goes on, and a model that was audited before is not asked again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..rows import Row
 from .generations import Generations
+from .routes import Routes
 from .scores import Scores
 from .store import content_key
 from .view import View, candidates
@@ -53,7 +54,14 @@ class Hidden:
     prompts: tuple[tuple[Row, str | None], ...]
 
 
-Ask = Generate | Score | Hidden
+@dataclass(frozen=True)
+class Route:
+    """Which experts the tokens of rows take: answered by `Routes`."""
+
+    rows: tuple[Row, ...]
+
+
+Ask = Generate | Score | Hidden | Route
 
 
 class Store:
@@ -95,7 +103,7 @@ class Store:
 
 
 def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress: Progress | None = None) -> list[Any]:
-    """Answer all asks: `Generations`, `Scores` or a tensor each, in their order.
+    """Answer all asks: `Generations`, `Scores`, `Routes` or a tensor each, in their order.
 
     Args:
         subject: a LanguageModel, or anything with its operations.
@@ -145,6 +153,15 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         for i, several in zip(scoring, encoded):
             found = table.take([order[item] for item in several])
             answers[i] = replace(found, keys=[key for key, _, _, _ in _items(asks[i])])
+            done += len(several)
+    routing = [i for i in open_ if isinstance(asks[i], Route)]
+    if routing:
+        encoded = [[subject.encode(row) for row in _routed(asks[i])] for i in routing]
+        order = _distinct(item for several in encoded for item in several)
+        routes = subject.routes([((str(n), "row"), item) for item, n in order.items()], progress=tell(len(order)))
+        for i, several in zip(routing, encoded):
+            keys = [(row.id, "answer") for row in _routed(asks[i])]
+            answers[i] = routes.take([order[item] for item in several], keys)
             done += len(several)
     looking = [i for i in open_ if isinstance(asks[i], Hidden)]
     if looking:
@@ -209,6 +226,10 @@ def _looks(ask: Ask) -> tuple[tuple[Row, str | None], ...]:
     return ask.prompts if isinstance(ask, Hidden) else ()
 
 
+def _routed(ask: Ask) -> tuple[Row, ...]:
+    return ask.rows if isinstance(ask, Route) else ()
+
+
 def _distinct(values: Any) -> dict[Any, int]:
     order: dict[Hashable, int] = {}
     for value in values:
@@ -217,6 +238,8 @@ def _distinct(values: Any) -> dict[Any, int]:
 
 
 def _size(ask: Ask) -> int:
+    if isinstance(ask, Route):
+        return len(ask.rows)
     return len(ask.items) if isinstance(ask, Score) else len(ask.prompts)
 
 
@@ -224,12 +247,14 @@ def _name(subject: Any, ask: Ask) -> str | None:
     """File name of an answer; hidden states are not kept, what was read from them is."""
     if isinstance(ask, Hidden):
         return None
+    settings: list[Any] = []
     if isinstance(ask, Generate):
         content: list[Any] = [[list(key), subject.prompt_text(row, q)] for key, row, q in ask.prompts]
-        settings: list[Any] = [ask.max_new_tokens, ask.samples, ask.temperature, ask.seed]
+        settings = [ask.max_new_tokens, ask.samples, ask.temperature, ask.seed]
+    elif isinstance(ask, Route):
+        content = [[row.id, subject.prompt_text(row), row.answer, row.kind] for row in ask.rows]
     else:
         content = [[list(key), subject.prompt_text(row, q), a or row.answer, row.kind] for key, row, a, q in ask.items]
-        settings = []
     kind = type(ask).__name__.lower()
     return f"{kind}-{content_key(CODE, subject.fingerprint, kind, settings, content)}.arrow"
 
@@ -238,4 +263,5 @@ def _kept(store: Store, name: str) -> Any:
     path = store.find(name)
     if path is None:
         return None
-    return (Generations if name.startswith("generate") else Scores).load(path)
+    kinds: dict[str, Any] = {"generate": Generations, "score": Scores, "route": Routes}
+    return kinds[name.partition("-")[0]].load(path)

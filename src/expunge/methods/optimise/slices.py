@@ -14,7 +14,6 @@ model family stay as they are.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...subjects.anatomy import Block
+from ...subjects.routing import takes_choices
 
 Slice = tuple[str, tuple[int, ...], tuple[int, ...]]
 """(parameter name, places on its first axis, shape of what moves (len(places), ...))"""
@@ -167,9 +167,8 @@ class _Taken(nn.Module):
 
 @cache
 def _taken(kind: type[nn.Module]) -> type[_Taken]:
-    parameters = list(inspect.signature(kind.forward).parameters)[1:4]
-    routed = len(parameters) == 3 and "ind" in parameters[1] and "weights" in parameters[2]
-    return type(kind.__name__, (_Taken, kind), {"kind": kind, "routed": routed, "__module__": kind.__module__})
+    inside = {"kind": kind, "routed": takes_choices(kind), "__module__": kind.__module__}
+    return type(kind.__name__, (_Taken, kind), inside)
 
 
 def _with(module: _Taken, tensors: dict[str, Tensor]) -> Any:
