@@ -19,6 +19,7 @@ NEEDS = (
     "judge_model",
     "training_checkpoints",
     "classifier",
+    "routed_experts",
 )
 NOT_STUDIED = "not studied"
 

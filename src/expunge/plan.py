@@ -159,9 +159,10 @@ def estimate(
         "flops": flops,
         "memory": memory,
         "time": _time(subject, shape, flops["total"], steps, passes, _mean([sum(map(len, step)) for step in sampled])),
-        "remarks": []
-        if per_token is not None
-        else ["activations are not counted: the model cannot run without weights"],
+        "remarks": [
+            *setup.case.warnings,
+            *([] if per_token is not None else ["activations are not counted: the model cannot run without weights"]),
+        ],
     }
 
 

@@ -415,8 +415,8 @@ class LanguageModel:
 
         Returns:
             "final" (A, d) states at the positions that predict answer tokens; "layer.7" (P, d) residual stream after
-            block 7, before the final norm; "router.7" (P, E) router logits; "chosen.7" (P, K) experts and "weight.7"
-            (P, K) what their outputs are multiplied by. P positions: all fed tokens of every row in turn
+            block 7, before the final norm; "router.7" (P, E) router logits, fp32; "chosen.7" (P, K) experts, and
+            "weight.7" (P, K) what their outputs are multiplied by. P positions: all fed tokens of every row in turn
             (`pack_.every`), or those that predict the answer (`pack_.predict`).
 
         Raises:
@@ -460,7 +460,7 @@ class LanguageModel:
                 matrix = self.model.get_parameter(weight)
                 bias = getattr(self.model.get_submodule(weight.rpartition(".")[0]), "bias", None)
                 inputs = inputs.reshape(-1, matrix.shape[1]).to(matrix.dtype)
-                found[name] = torch.nn.functional.linear(inputs, matrix, bias)
+                found[name] = torch.nn.functional.linear(inputs, matrix, bias).float()
 
             return hook
 

@@ -8,7 +8,6 @@ weights). What is read there is what the model did; how it scored follows from t
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Literal
 
 import torch
@@ -23,7 +22,6 @@ TOLERANCE = 0.02
 """Relative difference between weights and scores that rounding to 16 bits may make."""
 
 
-@cache
 def takes_choices(kind: type[nn.Module]) -> bool:
     """Whether modules of this class are called with (states, chosen experts, their weights)."""
     parameters = list(inspect.signature(kind.forward).parameters)[1:4]

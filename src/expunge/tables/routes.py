@@ -63,9 +63,7 @@ class Routes:
             offsets = pa.array((self.offsets * chosen.shape[1]).astype(np.int32))
             columns[f"block.{block}"] = pa.ListArray.from_arrays(offsets, pa.array(chosen.reshape(-1)))
         kept = {str(block): chosen.shape[1] for block, chosen in self.chosen.items()}
-        write_arrow(
-            pa.table(columns), path, {**self.metadata, "kept": kept, "lengths": np.diff(self.offsets).tolist()}
-        )
+        write_arrow(pa.table(columns), path, {**self.metadata, "kept": kept, "lengths": np.diff(self.offsets).tolist()})
 
     @staticmethod
     def load(path: Path) -> Routes:

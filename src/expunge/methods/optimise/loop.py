@@ -414,7 +414,8 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
             torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
             width = int(sizes)
         count = (answers if key == "final" else fed)[-1]
-        whole[key] = torch.zeros(count, width, dtype=subject.dtype, device=subject.device)
+        dtype = torch.float32 if key.startswith("router") else subject.dtype
+        whole[key] = torch.zeros(count, width, dtype=dtype, device=subject.device)
         for group, states in parts:
             whole[key][places(key, group)] = states[key]
         if processes > 1:

@@ -49,7 +49,7 @@ class Preparation:
     settings: dict[str, Any]
     """The method's own parameters; those of the outer method where it is around another one, in its own turn."""
     scope: str | Mapping[str, Any] | None
-    """What the user asked for; None leaves it to the method."""
+    """What is to move: what the user asked for, or what a method chose where that is None."""
     data: Mapping[str, list[Row]]
     rows: dict[str, list[Encoded]]
     """Tokens of every side."""
@@ -64,6 +64,8 @@ class Preparation:
     summary: dict[str, Any] = field(default_factory=dict)
     """Plain values for the report."""
     warnings: list[str] = field(default_factory=list)
+    asked: str | Mapping[str, Any] | None = None
+    """The user's scope, whatever a method inside has chosen since."""
     dry: bool = False
     """Only `scope` and `taps` are wanted: the subject may be without weights, nothing is trained."""
 
@@ -195,7 +197,7 @@ def set_up(
     generator = torch.Generator().manual_seed(training.seed)
     needs, sides = _reads(chain)
     rows, held_out = _rows(subject, inner, inner_settings, sides, data, training, generator)
-    case = Preparation(subject, chosen, scope, data, rows, training, folder, progress, dry=dry)
+    case = Preparation(subject, chosen, scope, data, rows, training, folder, progress, asked=scope, dry=dry)
     for one, own in reversed(chain):
         if one.prepare is not None:
             case.settings = own
