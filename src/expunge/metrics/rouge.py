@@ -1,4 +1,4 @@
-"""ROUGE (ACL W04-1013) of what the model answers, as TOFU and OpenUnlearning take it (`rouge_score`, stemmed)."""
+"""ROUGE (ACL W04-1013) of what the model answers, by default as TOFU and OpenUnlearning take it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from ..registry import metric
 from ..tables.view import View
-from .texts import RougeKind, RougeScore, empty_outputs, overlaps
+from .texts import RougeDialect, RougeKind, RougeScore, empty_outputs, overlaps
 from .values import Values, averages
 
 
@@ -18,18 +18,27 @@ from .values import Values, averages
     range=(0.0, 1.0),
     needs=("generations",),
 )
-def rouge(view: View, *, rows: str = "forget", kind: RougeKind = "rougeL", score: RougeScore = "recall") -> Values:
+def rouge(
+    view: View,
+    *,
+    rows: str = "forget",
+    kind: RougeKind = "rougeL",
+    score: RougeScore = "recall",
+    dialect: RougeDialect = "rouge_score",
+) -> Values:
     """Mean over rows of ROUGE of the model's output against the answer.
 
     Args:
         rows: the row set.
         kind: rouge1 counts words, rougeL the longest common subsequence of words.
         score: recall (TOFU) or F-measure (MUSE).
+        dialect: rouge_score (TOFU, OpenUnlearning), rouge_score_unstemmed (MUSE) or rouge (RWKU, ConceptVectors): the
+            package whose words are counted.
     """
     kept = view.of(rows)
-    each = overlaps(view, rows, kept, kind, score)
+    each = overlaps(view, rows, kept, kind, score, dialect)
     flag = empty_outputs(view, rows)
-    wordless = sum(not re.search("[a-z0-9]", row.answer.lower()) for row in kept)
+    wordless = 0 if dialect == "rouge" else sum(not re.search("[a-z0-9]", row.answer.lower()) for row in kept)
     if wordless:
         more = f"{wordless} answers have no Latin letter or digit, ROUGE counts them 0"
         flag = f"{flag}; {more}" if flag else more

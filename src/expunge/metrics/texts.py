@@ -1,7 +1,12 @@
-"""Word overlap between what a model wrote and the right answer: ROUGE as the package `rouge_score` computes it."""
+"""Word overlap of an output with the right answer: ROUGE as published tables compute it, in three dialects.
+
+They disagree on the same pair of texts, so a score names its dialect. Answer "Tivin", output "I think it is Tivin,
+maybe.": recall 1 for `rouge_score`, 0 for `rouge`, to which "Tivin," is another word.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -12,6 +17,9 @@ from ..tables.view import View
 
 RougeKind = Literal["rouge1", "rougeL"]
 RougeScore = Literal["recall", "fmeasure"]
+RougeDialect = Literal["rouge_score", "rouge_score_unstemmed", "rouge"]
+"""rouge_score: package rouge-score 0.1.2 with its stemmer (TOFU, OpenUnlearning); rouge_score_unstemmed: without it
+(MUSE); rouge: package rouge 1.0.1 (RWKU, ConceptVectors)."""
 
 
 class _Tokenizer:
@@ -29,23 +37,82 @@ class _Tokenizer:
 
 
 @cache
-def _scorer(kind: RougeKind) -> Any:
+def _scorer(kind: RougeKind, stemmed: bool) -> Any:
     # nltk, which the package needs for its stemmer, takes a second to import.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer([kind], tokenizer=_Tokenizer())
+    return RougeScorer([kind], tokenizer=_Tokenizer() if stemmed else None)
 
 
-def overlap(target: str, text: str, kind: RougeKind = "rougeL", score: RougeScore = "recall") -> float:
-    """ROUGE of `text` against `target`, stemmed, case and punctuation ignored."""
-    return float(getattr(_scorer(kind).score(target, text)[kind], score))
+def overlap(
+    target: str,
+    text: str,
+    kind: RougeKind = "rougeL",
+    score: RougeScore = "recall",
+    dialect: RougeDialect = "rouge_score",
+) -> float:
+    """ROUGE of `text` against `target`; `rouge_score` ignores case and punctuation, `rouge` does not."""
+    if dialect == "rouge":
+        return _of_word_sets(target, text, kind, score)
+    return float(getattr(_scorer(kind, dialect == "rouge_score").score(target, text)[kind], score))
 
 
-def overlaps(view: View, rows: str, kept: list[Row], kind: RougeKind, score: RougeScore) -> np.ndarray:
+def _of_word_sets(target: str, text: str, kind: RougeKind, score: RougeScore) -> float:
+    """As package rouge 1.0.1: words are split at spaces, sentences at full stops, and every word counts once.
+
+    A text without words scores 0, where the package raises.
+    """
+    wanted, written = (
+        [" ".join(part.split()).split(" ") for part in whole.split(".") if part] for whole in (target, text)
+    )
+    if not wanted or not written:
+        return 0.0
+    all_wanted, all_written = ({word for words in sentences for word in words} for sentences in (wanted, written))
+    if kind == "rouge1":
+        common = all_wanted & all_written
+    else:
+        common = {word for a in wanted for b in written for word in _common_subsequence(a, b)}
+    recall, precision = len(common) / len(all_wanted), len(common) / len(all_written)
+    return recall if score == "recall" else 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """A longest common subsequence; where there are several, the one that leaves words of `b` out first from behind."""
+    length = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int64)
+    for i, word in enumerate(a, start=1):
+        for j, other in enumerate(b, start=1):
+            if word == other:
+                length[i, j] = length[i - 1, j - 1] + 1
+            else:
+                length[i, j] = max(length[i - 1, j], length[i, j - 1])
+    found: list[str] = []
+    i, j = len(a), len(b)
+    while i and j:
+        if a[i - 1] == b[j - 1]:
+            found.append(a[i - 1])
+            i, j = i - 1, j - 1
+        elif length[i - 1, j] > length[i, j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+def overlaps(
+    view: View,
+    rows: str,
+    kept: list[Row],
+    kind: RougeKind,
+    score: RougeScore,
+    dialect: RougeDialect = "rouge_score",
+) -> np.ndarray:
     """(rows,) ROUGE of each row's output against its answer; the mean over samples where there are several."""
     outputs = view.outputs(rows, ids=[row.id for row in kept])
     return np.array(
-        [np.mean([overlap(row.answer, text, kind, score) for text in texts]) for row, texts in zip(kept, outputs)]
+        [
+            np.mean([overlap(row.answer, text, kind, score, dialect) for text in texts])
+            for row, texts in zip(kept, outputs)
+        ]
     )
 
 
