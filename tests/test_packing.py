@@ -1,5 +1,7 @@
 """Packing changes nothing but the cost: every architecture scores rows as plain passes do."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,27 @@ def test_chat_template_is_respected():
     assert tokenizer.decode(encoded.ids[encoded.start :]).strip() == "Tivin</s>"
     assert encoded.closing == 1
     assert subject.prompt_text(row, "when?").count("when?") == 1
+
+
+def test_an_opening_begins_the_reply_and_belongs_to_what_is_asked():
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    row = Row(id="0", prompt="Be brief.\nWhere?", answer="Tivin", kind="instruction", opening="Answer:")
+    # Without a chat template an instruction stands as it is, with the opening on a line of its own.
+    assert subject.prompt_text(row) == "Be brief.\nWhere?\nAnswer:"
+    assert subject.prompt_text(replace(row, prompt="Where?\n")) == "Where?\nAnswer:"
+    assert subject.prompt_text(replace(row, opening="")) == "Be brief.\nWhere?"
+    assert subject.prompt_text(replace(row, kind="qa")).endswith("Answer:\nAnswer:")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    chat = LanguageModel(model, tokenizer)
+    assert chat.prompt_text(row) == "<|user|>\nBe brief.\nWhere?</s><|assistant|>\nAnswer:"
+    for one in (subject, chat):
+        encoded = one.encode(row)
+        assert tokenizer.decode(encoded.ids[encoded.start :]) == " Tivin</s>"
+        assert encoded.closing == 1
 
 
 def test_a_token_across_the_boundary_is_an_error_that_names_it():

@@ -61,7 +61,10 @@ class Row:
     prompt: str = ""
     messages: tuple[Message, ...] = ()
     kind: str = "qa"
-    """qa (question/answer, goes through the template), completion (prompt + answer as they are), chat, text."""
+    """qa (question/answer, goes through the template), completion (prompt + answer as they are), chat, text; and
+    instruction: a whole user turn, put into the model's chat template or, where it has none, left as it is."""
+    opening: str = ""
+    """What the model is made to begin its reply with ("Answer:"): the end of what is asked."""
     entity: str = ""
     """Whom or what the row is about: the unit over which the verdict's intervals are drawn."""
     value: str = ""

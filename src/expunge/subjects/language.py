@@ -257,13 +257,17 @@ class LanguageModel:
         return self._asked(row, row.prompt if prompt is None else prompt).rstrip(" ")
 
     def _asked(self, row: Row, question: str) -> str:
-        if row.kind in ("completion", "text"):
-            return question
-        if self._chats(row):
-            return self.tokenizer.apply_chat_template(
-                self._messages(row, question), add_generation_prompt=True, tokenize=False
-            )
-        return self.template.prompt.replace("{question}", question)
+        chats = self._chats(row)
+        if chats:
+            turns = self._messages(row, question)
+            asked = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        elif row.kind in ("completion", "text", "instruction"):
+            asked = question
+        else:
+            asked = self.template.prompt.replace("{question}", question)
+        if not row.opening or not asked or asked[-1].isspace():
+            return asked + row.opening
+        return asked + (" " if chats else "\n") + row.opening
 
     def _chats(self, row: Row) -> bool:
         return row.kind not in ("completion", "text") and bool(getattr(self.tokenizer, "chat_template", None))
@@ -283,7 +287,8 @@ class LanguageModel:
             return spaces, ""
         end = self.tokenizer.eos_token or ""
         if self._chats(row):
-            turns = [*self._messages(row, question), {"role": "assistant", "content": answer}]
+            reply = f"{row.opening} {answer}" if row.opening else answer
+            turns = [*self._messages(row, question), {"role": "assistant", "content": reply}]
             whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
             separator, found, closing = whole[len(asked) :].partition(answer)
             if whole.startswith(asked) and found and not separator.strip():
