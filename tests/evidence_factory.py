@@ -13,6 +13,7 @@ from expunge.evidence import (
     Judged,
     Measured,
     ProbeRun,
+    Routing,
     SelfTest,
     SideEffect,
     Verdict,
@@ -164,6 +165,7 @@ def evidence(
     seed: int = 0,
     base: str = "original",
     skipped: bool = False,
+    experts: bool = False,
 ) -> Evidence:
     """Evidence with the given verdict.
 
@@ -172,6 +174,7 @@ def evidence(
         damage: how much retain accuracy falls.
         flags: flags beside those that `damage` raises.
         skipped: leave out the logit lens, as for a model behind an interface.
+        experts: routing, as of a mixture of experts in which one of them moved.
     """
     golds = (0 if verdict == "no_recovery_found" else 3) if gold is None else gold
     draw = random.Random(seed)
@@ -318,7 +321,17 @@ def evidence(
             "date": "2026-11-24T12:40:11Z",
         },
         warnings=["2 of 42 forget rows were left out: the answer is empty (forget.jsonl rows 17 and 31)."],
+        routing=_routing() if experts else [],
     )
+
+
+def _routing() -> list[Routing]:
+    blocks = {str(block): 1.0 if block < 5 else 0.9 - 0.02 * block for block in range(2, 12)}
+    mean = sum(blocks.values()) / len(blocks)
+    return [
+        Routing("forget", _interval(mean, 0.04), blocks, {"5": [0.12, 0.97]}, n=40, of=40, tokens=1912),
+        Routing("retain", _interval(0.99, 0.01), dict.fromkeys(blocks, 0.99), {"5": [0.1, 0.31]}, 150, 200, 7210),
+    ]
 
 
 def _interval(value: float, half: float) -> Interval:

@@ -68,6 +68,7 @@ CASES = [evidence(v) for v in VERDICTS] + [
     evidence("suppressed", gold=0),
     evidence("inconclusive", skipped=True),
     evidence("suppressed", damage=0.2, flags=("neighbour_damage", "keeps_forget_data", "a_new_flag")),
+    evidence("suppressed", experts=True),
 ]
 
 
@@ -141,6 +142,32 @@ def test_everything_in_the_evidence_is_on_the_page(tmp_path: Path) -> None:
     assert not missing
 
 
+def test_a_mixture_shows_which_experts_are_still_taken_and_a_dense_model_does_not(tmp_path: Path) -> None:
+    made = evidence("suppressed", experts=True)
+    made.method["prepared"] = {
+        "experts": [{"block": 5, "expert": 61, "affinity": 0.0412}],
+        "affinity": {str(block): [0.001 * i for i in range(64)] for block in range(2, 12)},
+    }
+    page, summary, paths = written(made, tmp_path)
+    for wanted in ("Same experts as before", "82% (78 to 86%)", "68% in block 11", "1,912 tokens of 40 rows"):
+        assert wanted.replace(",", " ") in page.text
+    forget, retain = (line for line in summary.split("\n") if " tokens | " in line)
+    for wanted in ("82% (78 to 86%)", "68% in block 11", "12% → 97% of tokens take an expert that moved in block 5"):
+        assert wanted in forget
+        assert wanted in page.text
+    assert "150 rows of 200" in retain
+    assert "By block: 2: 100%, 3: 100%, 4: 100%, 5: 80%" in page.text
+    assert "block 5, expert 61, affinity 0.041" in page.text
+    assert "640 figures, in evidence.json" in page.text
+    assert Evidence.load(paths["evidence.json"]).routing == made.routing
+    page, summary, paths = written(evidence("suppressed"), tmp_path)
+    assert "xperts" not in page.text + summary
+    old = json.loads(paths["evidence.json"].read_text())
+    del old["routing"]
+    paths["evidence.json"].write_text(json.dumps(old))
+    assert Evidence.load(paths["evidence.json"]).routing == []
+
+
 def test_what_a_model_wrote_is_shown_and_never_run(tmp_path: Path) -> None:
     made = evidence("suppressed")
     made.request["name"] = made.request["reason"] = HOSTILE
@@ -187,6 +214,9 @@ def test_a_table_in_the_summary_has_the_same_number_of_columns_in_every_row(tmp_
     _, summary, _ = written(evidence("suppressed", damage=0.1), tmp_path)
     tables = [block.strip().split("\n") for block in summary.split("\n\n") if block.strip().startswith("|")]
     assert len(tables) == 4
+    _, summary, _ = written(evidence("suppressed", experts=True), tmp_path)
+    tables += [block.strip().split("\n") for block in summary.split("\n\n") if block.strip().startswith("|")]
+    assert len(tables) == 9
     for lines in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, lines
 

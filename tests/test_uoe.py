@@ -328,7 +328,6 @@ def test_forget_tokens_are_drawn_to_the_target():
             table = model.routes([(("x", str(i)), model.encode(row)) for i, row in enumerate(DATA["forget"])])
             shares.append(float((table.chosen[taken["block"]] == taken["expert"]).any(1).mean()))
     start, without, _, with_anchor = shares
-    print(shares)
     assert with_anchor > 0.9 > start
     assert with_anchor > without
 

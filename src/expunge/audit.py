@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import limits, registry, side_effects
+from . import limits, registry, routing, side_effects
 from .attacks.case import Case, carry_out
 from .errors import MismatchError, RequestError
-from .evidence import Evidence, Judged, ProbeRun, SelfTest, Verdict
+from .evidence import Evidence, Judged, ProbeRun, Routing, SelfTest, Verdict
 from .metrics.measure import Asked, measure_all
 from .rows import Row
 from .tables.passes import Store, ask_all, longest_answer
@@ -105,6 +105,13 @@ def audit(
     )
     effects = side_effects.measure(views.get("before"), views["after"], gold_views, seed)
     spent["metrics"] = {"seconds": round(time.monotonic() - began, 3)}
+    routes: list[Routing] = []
+    if before is not None:
+        began = time.monotonic()
+        tell = _phase(progress, "experts")
+        routes, note = routing.measure(before, after, data, store, method=method, seed=seed, progress=tell)
+        notes += [note] if note else []
+        spent |= {"experts": {"seconds": round(time.monotonic() - began, 3)}} if routes else {}
 
     rules = Rules(draws=bootstrap, seed=seed)
     all_runs = Runs(runs.get("before", []), runs["after"], [runs[f"gold/{i}"] for i in range(len(golds))])
@@ -161,6 +168,7 @@ def audit(
         cost=spent,
         environment=environment or {},
         warnings=list(warnings),
+        routing=routes,
     )
 
 

@@ -176,6 +176,24 @@ class SideEffect:
 
 
 @dataclass
+class Routing:
+    """Whether the tokens of a row set still take the same experts (mixtures of experts only)."""
+
+    rows: str
+    overlap: Interval
+    """Share of the experts a token took before that it still takes; mean over tokens and blocks."""
+    blocks: dict[str, float]
+    """The same, block by block."""
+    moved: dict[str, list[float]]
+    """Where single experts were let move: block to the share of tokens that take one of them, [before, after]."""
+    n: int
+    """Rows looked at."""
+    of: int
+    """Rows there are."""
+    tokens: int
+
+
+@dataclass
 class SelfTest:
     """The instrument tried on models whose truth is known."""
 
@@ -222,6 +240,8 @@ class Evidence:
     """seconds, tokens, flops, peak_memory_bytes, per phase."""
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
+    """Empty for dense models."""
     schema: int = SCHEMA_VERSION
 
     def save(self, path: Path) -> None:
@@ -247,6 +267,7 @@ class Evidence:
         }
         data["metrics"] = [_measured(one) for one in data["metrics"]]
         data["side_effects"] = [SideEffect(**effect) for effect in data["side_effects"]]
+        data["routing"] = [Routing(**{**r, "overlap": _interval(r["overlap"])}) for r in data.get("routing", [])]
         data["self_test"] = SelfTest(**data["self_test"]) if data["self_test"] else None
         verdict = data["verdict"]
         verdict["groups"] = {group: _interval(value) for group, value in verdict["groups"].items()}

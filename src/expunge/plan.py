@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import registry
+from . import registry, routing
 from .attacks.case import Case
 from .audit import battery
 from .costs import Pass, Structure, kept, structure
@@ -131,7 +131,10 @@ def estimate(
 
     # A divergence from the start model also runs that model's head.
     frozen_head = 2.0 * shape.head if retain == "kl" else 0.0
+    looked = setup.case.looked
+    groups = [_pass([[looked[i] for i in group]]) for group in batches(looked, 4096)]
     flops = {
+        "prepare": sum(shape.forward(Pass(fed.tokens, fed.pairs, ())) for fed in groups),
         "needs": _needs(shape, setup.needs, drawn),
         "steps": steps * _mean([_step(shape, p, sides, frozen_head, training) for p in passes]),
         "guard": _checks(training, steps) * shape.forward(_pass([held_out])) if held_out else 0.0,
@@ -366,7 +369,16 @@ def passes(
         "relearning steps per model": sum(len(drawn.steps) for drawn in case.taught),
         "relearning tokens per model": sum(drawn.tokens[0] for drawn in case.taught),
         "tokens in an answer at most": limit,
+        **_compared(subject, data, seed),
     }
+
+
+def _compared(subject: LanguageModel, data: dict[str, list[Row]], seed: int) -> dict[str, int]:
+    """Rows on which the experts before and after are compared; nothing for dense models."""
+    if not any(block.experts for block in subject.blocks):
+        return {}
+    rows = (routing.sample(subject, data[name], seed) for name in routing.SETS if data.get(name))
+    return {"rows whose experts are compared": sum(map(len, rows))}
 
 
 def _mean(values: Sequence[float]) -> float:

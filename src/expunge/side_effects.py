@@ -70,7 +70,7 @@ def measure(before: View | None, after: View, golds: Sequence[View], seed: int =
 
         was, is_ = values(before), values(after)
         change = (is_ - was) if score is _refused else (was - is_)
-        low, high = _interval(is_, rows, seed)
+        low, high = interval(is_, rows, seed)
         found.append(
             SideEffect(
                 name=name,
@@ -134,9 +134,13 @@ def _hazard(before: View, after: View, golds: Sequence[View]) -> SideEffect:
     )
 
 
-def _interval(values: np.ndarray, rows: Sequence[Row], seed: int) -> tuple[float, float]:
+def interval(
+    values: np.ndarray, rows: Sequence[Row], seed: int, weights: np.ndarray | None = None
+) -> tuple[float, float]:
+    """95% interval of the mean of one value per row, from draws of entities; `weights` (rows,) where rows weigh
+    differently."""
     entities, index = np.unique([row.entity or row.id for row in rows], return_inverse=True)
     drawn = np.random.default_rng(seed).multinomial(len(entities), np.full(len(entities), 1 / len(entities)), DRAWS)
-    weights = drawn[:, index]
-    low, high = np.percentile((weights @ values) / np.maximum(weights.sum(1), 1), [2.5, 97.5])
+    shares = drawn[:, index] * (1.0 if weights is None else weights)
+    low, high = np.percentile((shares @ values) / np.maximum(shares.sum(1), 1), [2.5, 97.5])
     return float(low), float(high)

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from ..evidence import Evidence, Interval, Judged, Measured, SideEffect
+from ..evidence import Evidence, Interval, Judged, Measured, Routing, SideEffect
 from . import charts, tracks
 from .headline import facts, judgement, speed, threshold
 from .words import (
@@ -47,6 +47,7 @@ def content(evidence: Evidence) -> dict[str, Any]:
         "forgotten": [metric_row(m, label(m.metric)) for m in evidence.metrics if about_forget(m) and drawable(m)],
         "kept": kept(evidence.metrics),
         "effects": [effect_row(effect) for effect in evidence.side_effects],
+        "routing": [routing_row(one) for one in evidence.routing],
         "golds": _golds(evidence),
         "recovery": recovery_groups(evidence),
         "recovery_scale": tracks.scale(
@@ -166,6 +167,26 @@ def effect_row(effect: SideEffect) -> dict[str, Any]:
         "tolerance": percent(effect.tolerance).removesuffix("%") if share else number(effect.tolerance),
         "raised": effect.raised,
         "flag": flag_words(effect.flag)[0] if effect.flag else "",
+    }
+
+
+def routing_row(one: Routing) -> dict[str, Any]:
+    """How far tokens of a row set still take the experts they took."""
+    shown = with_interval(one.overlap, percent)
+    lowest = min(one.blocks, key=lambda block: one.blocks[block])
+    moved = [
+        f"{percent(before)} → {percent(after)} of tokens take an expert that moved in block {block}"
+        for block, (before, after) in one.moved.items()
+    ]
+    return {
+        "label": f"{label(one.rows)} tokens",
+        "track": tracks.dots(1.0, one.overlap, None, f"before 100%, after {shown}"),
+        "value": percent(one.overlap.value),
+        "shown": shown,
+        "lowest": f"{percent(one.blocks[lowest])} in block {lowest}",
+        "moved": "; ".join(moved),
+        "n": f"{number(one.tokens)} tokens of {number(one.n)} rows" + (f" of {number(one.of)}" * (one.n < one.of)),
+        "blocks": ", ".join(f"{block}: {percent(value)}" for block, value in one.blocks.items()),
     }
 
 

@@ -131,6 +131,8 @@ ACRONYMS = {
     word.lower(): word for word in ("AUC", "KL", "KS", "MIA", "MLP", "NLL", "QA", "ROUGE", "TV", "FLOPs", "LoRA")
 }
 ROLES = ("before", "after", "gold")
+MANY = 48
+"""More figures than this at once are counted, not shown."""
 
 
 def verdict_words(verdict: str) -> VerdictWords:
@@ -253,9 +255,21 @@ def plain(value: Any, key: str = "") -> str:
         return f"{value:g}" if isinstance(value, float) and 1e-6 < abs(value) < 1e-2 else number(value)
     if isinstance(value, str):
         return shorten_hash(value)
+    if (count := figures(value)) > MANY:
+        return f"{number(count)} figures, in evidence.json"
     if isinstance(value, Mapping):
         return ", ".join(f"{in_sentence(str(k))} {plain(v, str(k))}" for k, v in value.items()) or "none"
     return ", ".join(plain(item, key) for item in value) or "none"
+
+
+def figures(value: Any) -> int:
+    """How many figures a nested value holds; 0 where it holds anything else."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        counts = [figures(item) for item in value]
+        return sum(counts) if all(counts) else 0
+    return int(isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def shorten_hash(text: str) -> str:

@@ -528,7 +528,7 @@ class LanguageModel:
             self._parts = [
                 BlockParts(
                     block.name,
-                    next((name for name in block.router if shapes[name] == 2), None),
+                    next((name for name in block.router if block.experts and shapes[name] == 2), None),
                     caller(self.model, block) if block.experts else None,
                 )
                 for block in anatomy(self.model).blocks

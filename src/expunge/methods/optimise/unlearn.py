@@ -61,6 +61,8 @@ class Preparation:
     """Per side and row."""
     given: dict[str, Any] = field(default_factory=dict)
     """What objectives find in `step.given`."""
+    looked: list[Encoded] = field(default_factory=list)
+    """Rows that ran, or would run, through the blocks of the start model for this; plans count them."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Plain values for the report."""
     warnings: list[str] = field(default_factory=list)

@@ -46,7 +46,8 @@ def _prepare(case: Preparation) -> None:
             "out, or run the objective by itself in that scope"
         )
     layers = candidates(case)
-    if case.rows["forget"] and not case.dry:
+    case.looked = sample(case.rows["forget"], settings["attribution_tokens"], case.seed)
+    if case.looked and not case.dry:
         places = _attributed(case, layers)
     else:
         count = len(subject.model.get_parameter(str(subject.blocks[layers[0]].router)))
@@ -68,8 +69,7 @@ def _prepare(case: Preparation) -> None:
 
 def _attributed(case: Preparation, layers: Sequence[int]) -> dict[int, list[int]]:
     """Block to the experts taken there; notes what objective and report need of them."""
-    subject, settings = case.subject, case.settings
-    rows = sample(case.rows["forget"], settings["attribution_tokens"], case.seed)
+    subject, settings, rows = case.subject, case.settings, case.looked
     table, kinds = affinity(subject, rows, [i for i, block in enumerate(subject.blocks) if block.experts])
     taken = select({layer: table[layer] for layer in layers}, settings)
     places: dict[int, list[int]] = {}
