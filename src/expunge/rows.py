@@ -1,8 +1,9 @@
 """Rows: what is to be forgotten, kept or asked, read from the files people bring.
 
 jsonl, json (a list, or columns), csv, parquet, a folder of such files, or a hub id. What a row is follows from its
-fields: `text`; `question` and `answer`; `prompt` and `completion`; or `messages`, whose last assistant turn is the
-answer. Other names are mapped with `fields`. Every error names file, row and field.
+fields: `text` (or a line of jsonl that is a plain string); `question` and `answer`; `prompt` and `completion`; or
+`messages`, whose last assistant turn is the answer. Other names are mapped with `fields`. Every error names file, row
+and field.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def read_rows(source: Source, name: str) -> list[Row]:
     if source.entity_every is not None and source.entity_every < 1:
         raise RowError(f"{source.path}: entity_every is {source.entity_every}, expected at least 1")
     rows: list[Row] = []
-    for where, record in _records(source):
+    for where, record in records(source):
         row = _row(where, record, source.fields, f"{name}/{len(rows) + 1}")
         if not row.entity:
             block = len(rows) // source.entity_every + 1 if source.entity_every else None
@@ -142,7 +143,12 @@ Record = tuple[str, dict[str, Any]]
 """(where, columns)"""
 
 
-def _records(source: Source) -> Iterator[Record]:
+def records(source: Source) -> Iterator[Record]:
+    """Every row as its file has it, for data whose rows are more than a `Row`.
+
+    Raises:
+        RowError: the source cannot be read.
+    """
     path = Path(source.path)
     if os.path.isfile(path):  # false where the name is too long, too
         yield from _file(path)
@@ -190,7 +196,9 @@ def _jsonl(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            yield _mapping(f"{path}:{number}", parsed(line, f"{path}:{number}"))
+            where = f"{path}:{number}"
+            record = parsed(line, where)
+            yield _mapping(where, {"text": record} if isinstance(record, str) else record)
 
 
 class GivenTwice(ValueError):
