@@ -38,8 +38,8 @@ class DataSource(_Strict):
 
     path: Place = Field(description="File (jsonl, json, csv, parquet), folder, or hub id.")
     fields: dict[str, str] = Field({}, description="Our field name to the column's name, e.g. {question: q}.")
-    config: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
+    config: str | None = Field(None, description="Configuration of a hub data set, or of a folder with its files.")
+    split: str = Field("train", description="Split of a hub data set, or of such a folder.")
     entity_every: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Rows come in blocks of so many about one entity (TOFU: 20)."
     )

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,9 +94,9 @@ class Source:
     fields: Mapping[str, str] = field(default_factory=dict)
     """Our field name to the column's name."""
     config: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub data set, or of a folder that has its files where the hub has them."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of such a folder."""
     entity_every: int | None = None
     """Rows come in blocks of so many about one entity (TOFU: 20)."""
 
@@ -153,7 +154,7 @@ def records(source: Source) -> Iterator[Record]:
     if os.path.isfile(path):  # false where the name is too long, too
         yield from _file(path)
     elif os.path.isdir(path):
-        yield from _folder(path, source.split)
+        yield from _folder(path, source.config, source.split)
     elif path.suffix in SUFFIXES or path.is_absolute() or source.path.startswith((".", "~")):
         near = [p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES] if path.parent.is_dir() else []
         hint = f" {suggest(path.name, near)}" if near else ""
@@ -162,7 +163,11 @@ def records(source: Source) -> Iterator[Record]:
         yield from _hub(source)
 
 
-def _folder(path: Path, split: str) -> Iterator[Record]:
+def _folder(path: Path, config: str | None, split: str) -> Iterator[Record]:
+    if config is not None:
+        for file in _published(path, config, split):
+            yield from _file(file)
+        return
     if (path / "dataset_dict.json").is_file():  # several splits saved together
         if not (path / split).is_dir():
             splits = [p.name for p in path.iterdir() if p.is_dir()]
@@ -176,6 +181,35 @@ def _folder(path: Path, split: str) -> Iterator[Record]:
         raise RowError(f"folder {path} has no data files; expected {', '.join(SUFFIXES)}")
     for file in files:
         yield from _file(file)
+
+
+def _published(path: Path, config: str, split: str) -> list[Path]:
+    """The files of one split, laid out as hub data sets are: CONFIG/SPLIT.jsonl, or in numbered parts.
+
+    Raises:
+        RowError: there are none, or it is there in more than one format.
+    """
+    folder = path / config
+    if not folder.is_dir():
+        found = [p.name for p in path.iterdir() if p.is_dir()]
+        raise RowError(f"{path} has no folder {config!r} (configuration). {suggest(config, found)}")
+    part = re.compile(r"(.+?)(-\d{5}-of-(\d{5}))?")
+    splits: dict[str, dict[str, list[Path]]] = {}
+    whole: dict[str, int] = {}
+    for file in sorted(folder.iterdir()):
+        named = part.fullmatch(file.stem)
+        if named and file.suffix.lower() in SUFFIXES:
+            form = file.suffix.lower() + (" in parts" if named[2] else "")
+            splits.setdefault(named[1], {}).setdefault(form, []).append(file)
+            whole[named[1] + form] = int(named[3] or 1)
+    if split not in splits:
+        raise RowError(f"{folder} has no split {split!r}. {suggest(split, splits)}")
+    if len(splits[split]) > 1:
+        raise RowError(f"{folder} has the split {split!r} as {' and as '.join(splits[split])}; keep one of them")
+    ((form, files),) = splits[split].items()
+    if len(files) != whole[split + form]:
+        raise RowError(f"{folder}: split {split!r} has {len(files)} of its {whole[split + form]} parts")
+    return files
 
 
 def _file(path: Path) -> Iterator[Record]:
