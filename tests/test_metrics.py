@@ -20,6 +20,7 @@ from expunge.metrics.extraction_strength import extraction_strength
 from expunge.metrics.forget_quality import flipped_signs, forget_quality
 from expunge.metrics.gold_distance import gold_distance
 from expunge.metrics.loss import loss
+from expunge.metrics.memorization_score import PARTS, memorization_score
 from expunge.metrics.model_utility import model_utility
 from expunge.metrics.ngram_entropy import entropy, ngram_entropy
 from expunge.metrics.perplexity import perplexity
@@ -471,3 +472,16 @@ def test_zlib_reads_the_text_not_the_tokens():
     }
     lengths = [len(zlib.compress(text.encode())) for text in ("aaaa" * 20, "other")]
     assert np.allclose(mia_zlib(View(rows, table)).each, [2 / lengths[0], 3 / lengths[1]])
+
+
+def test_memorization_score_by_hand():
+    # Probabilities 0.2 and 0.4 of the paraphrase, 0.2 and 0.1 of the wrong answers: S = 1/2 and 4/5.
+    found = view({"forget": [[0.2, 0.2, 0.2], [0.4, 0.1, 0.1]]})
+    first_answer = np.arange(8) == 0
+    half = replace(found, scores={"forget": replace(found.scores["forget"], hit=first_answer)})
+    made = memorization_score(half)
+    parts = dict(zip(PARTS, (0.5, 0.5, 0.7, 0.35)))
+    assert made.extra["parts"] == pytest.approx(parts)
+    assert made.value == pytest.approx(4 / sum(1 / part for part in parts.values()))
+    known = replace(found, scores={"forget": replace(found.scores["forget"], hit=np.full(8, True))})
+    assert memorization_score(known).value == 0

@@ -88,6 +88,37 @@ def test_gold_leaks_nothing_and_full_knowledge_is_minus_hundred():
     assert mia_loss(replace(tables([1, 1], [2, 2]), golds=[gold])).extra["privleak"] == -100
 
 
+def test_privleak_as_a_metric_reads_the_auc_of_model_and_gold():
+    gold = tables([1, 3], [2, 2])  # AUC 0.5
+    view = replace(tables([1, 3], [2, 4]), golds=[gold])  # AUC 0.75
+    for by in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        found = measure.values("privleak", view, {"by": by})
+        assert found.value == pytest.approx(-50)
+        assert found.extra["auc_difference"] == pytest.approx(0.25)
+        assert found.extra["highest"] == pytest.approx(100)
+    assert measure.values("privleak", replace(gold, golds=[gold])).value == 0
+    ruined = measure.values("privleak", replace(tables([8, 9], [1, 2]), golds=[gold]))
+    assert ruined.value == pytest.approx(100)
+    assert "over-forgotten" in ruined.flag
+
+
+def test_privleak_needs_a_gold_that_leaves_something():
+    view = tables([1, 3], [2, 4])
+    with pytest.raises(NotApplicable, match="without the forget rows"):
+        measure.values("privleak", view)
+    with pytest.raises(NotApplicable, match="exactly 0 or 1"):
+        measure.values("privleak", replace(view, golds=[tables([1, 1], [2, 2])]))
+
+
+def test_privacy_score_is_the_harmonic_mean_over_four_attacks():
+    gold = tables([1, 3], [2, 2])  # AUC 0.5
+    found = measure.values("privacy_score", replace(tables([1, 3], [2, 4]), golds=[gold]))  # AUC 0.75 for all four
+    assert found.extra["parts"] == pytest.approx(dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"), 0.5))
+    assert found.value == pytest.approx(0.5)
+    assert measure.values("privacy_score", replace(gold, golds=[gold])).value == pytest.approx(1)
+    assert measure.values("privacy_score", replace(tables([1, 1], [2, 2]), golds=[gold])).value == 0
+
+
 def test_an_auc_that_is_too_good_is_flagged():
     ruined = tables([8, 9], [1, 2])
     assert ruined.golds == ()

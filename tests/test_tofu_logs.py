@@ -162,7 +162,7 @@ def test_bad_logs_are_named(tmp_path: Path):
     with pytest.raises(TableError, match=r"text\.json is not JSON"):
         tofu_logs.read(tmp_path / "text.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(TableError, match=r"list\.json has no section 'eval_log_forget\.json'"):
+    with pytest.raises(TableError, match=r"list\.json holds list, expected an object of measures"):
         tofu_logs.read(tmp_path / "list.json")
     lacking = section(6)
     lacking["average_perturbed_loss"] = lacking.pop("average_perturb_loss")

@@ -273,7 +273,11 @@ def _mapping(where: str, record: Any) -> Record:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    data = parsed(path.read_text(encoding="utf-8-sig"), str(path))
+    text = path.read_text(encoding="utf-8-sig")
+    if _is_lines(text):
+        yield from _jsonl(path)
+        return
+    data = parsed(text, str(path))
     if isinstance(data, dict):
         lists = {name: values for name, values in data.items() if isinstance(values, list)}
         if len(lists) != len(data) or not data:
@@ -287,6 +291,18 @@ def _json(path: Path) -> Iterator[Record]:
         raise RowError(f"{path}: found {type(data).__name__}, expected a list of rows or an object of columns")
     for number, record in enumerate(data, start=1):
         yield _mapping(f"{path}: row {number}", record)
+
+
+def _is_lines(text: str) -> bool:
+    """Whether a .json file holds one object a line (as the hub's often do) rather than one value."""
+    first, _, rest = text.strip().partition("\n")
+    if not (first.startswith("{") and rest):
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        return False
+    return True
 
 
 def _csv(path: Path) -> Iterator[Record]:

@@ -14,7 +14,7 @@ Every benchmark has a mini version in the very same published format, made from 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -91,11 +91,18 @@ class Bench:
         self._spend(role, began)
         return answers
 
-    def views(self, data: Mapping[str, list[Row]], max_new_tokens: int | None = None) -> dict[str, View]:
+    def views(
+        self,
+        data: Mapping[str, list[Row]],
+        max_new_tokens: int | None = None,
+        *,
+        written: Collection[str] | None = None,
+    ) -> dict[str, View]:
         """All models' tables on row sets, by role: every candidate answer scored, every question answered greedily.
 
         Args:
             max_new_tokens: length of answers; by default the longest known one and a few tokens; 0 writes none.
+            written: row sets whose questions are answered; None for all.
         """
         data = {name: rows for name, rows in data.items() if rows}
         limit = longest_answer(self.subject, data) if max_new_tokens is None else max_new_tokens
@@ -103,7 +110,7 @@ class Bench:
         for role, model in self.models.items():
             began = time.monotonic()
             progress = self._phase(f"ask: {role}")
-            found[role] = ask_all(model, data, limit, self.store, name=role, progress=progress)
+            found[role] = ask_all(model, data, limit, self.store, written=written, name=role, progress=progress)
             self._spend(role, began)
         return found
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..errors import TableError, suggest
 from ..metrics import measure
-from ..metrics.quantities import log_truth_ratio, option_probability
+from ..metrics.quantities import Form, log_truth_ratio, option_probability, with_wrong_answers
 from ..metrics.texts import RougeKind, overlaps
+from ..metrics.two_samples import ks_distance, ks_log10_p
 from ..rows import Row
 from ..tables.generations import Generations
 from ..tables.scores import Scores
@@ -29,12 +30,31 @@ SECTIONS = {
     "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json",
 }
+OPEN_UNLEARNING = "forget_truth_ratio"
+"""The measure of OpenUnlearning's logs that forget quality is taken from."""
 UTILITY = {"plain": ("retain",), "options": ("real_authors", "world_facts")}
 """Settings of model_utility for TOFU's row sets."""
 FIELDS = ("generated_text", "avg_gt_loss", "num_token_gt", "avg_paraphrased_loss", "average_perturb_loss")
 ROUGE: tuple[RougeKind, ...] = ("rouge1", "rougeL")
 AUTHOR = 20
 """Questions about one author, in sequence, in the forget and retain sets."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A log as it stands.
+
+    Raises:
+        TableError: no such log, not a log.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TableError(f"evaluation log {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise TableError(f"evaluation log {path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise TableError(f"evaluation log {path} holds {type(data).__name__}, expected an object of measures")
+    return data
 
 
 def columns(path: str | Path) -> dict[str, dict[str, list[Any]]]:
@@ -44,15 +64,10 @@ def columns(path: str | Path) -> dict[str, dict[str, list[Any]]]:
         TableError: no such log, not a log, a measure missing or of another length.
     """
     path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TableError(f"evaluation log {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise TableError(f"evaluation log {path} is not JSON: {error}") from None
+    data = load(path)
     found: dict[str, dict[str, list[Any]]] = {}
     for rows, section in SECTIONS.items():
-        if not isinstance(data, dict) or not isinstance(data.get(section), dict):
+        if not isinstance(data.get(section), dict):
             raise TableError(f"{path} has no section {section!r}. {suggest(section, data)}")
         for field in FIELDS:
             if field not in data[section]:
@@ -142,6 +157,41 @@ def shared(view: View, gold: View, rows: str = "forget") -> View:
             f"{rows} row: they were made on different splits"
         )
     return replace(view, rows={**view.rows, rows: kept}, golds=[gold])
+
+
+def against(view: View, path: str | Path, form: Form = "geometric") -> tuple[float, float, int]:
+    """Forget quality of a model against a gold model's log: log10 p, D and the number of rows.
+
+    Args:
+        path: `eval_log_aggregated.json` of the paper's code, or `TOFU_EVAL.json` of OpenUnlearning (geometric only).
+
+    Raises:
+        TableError: no such log, or it is of another split or form.
+    """
+    kept = with_wrong_answers(view, "forget")
+    logged = _logged_ratios(Path(path), form)
+    if len(logged) != len(kept):
+        raise TableError(f"the log of gold, {path}, has {len(logged)} forget rows, this split has {len(kept)}")
+    mine = log_truth_ratio(view, "forget", kept, form)
+    distance = float(ks_distance(mine, logged)(np.ones((1, len(kept))))[0])
+    return float(ks_log10_p(distance, len(kept))), distance, len(kept)
+
+
+def _logged_ratios(path: Path, form: Form) -> np.ndarray:
+    """(rows,) log R on the forget rows of a log."""
+    if not isinstance(logged := load(path).get(OPEN_UNLEARNING), dict):
+        gold = read(path)
+        return log_truth_ratio(gold, "forget", gold.of("forget"), form)
+    if form != "geometric":
+        raise TableError(f"{path} holds geometric truth ratios; form is {form!r}")
+    try:
+        each = logged["value_by_index"]
+        ratios = np.array([each[key]["score"] for key in sorted(each, key=int)], dtype=np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TableError(f"{path}: {OPEN_UNLEARNING} holds no scores by row ({error})") from None
+    if not (np.isfinite(ratios) & (ratios >= 0)).all():
+        raise TableError(f"{path}: {OPEN_UNLEARNING} holds ratios that are not numbers, or negative ones")
+    return np.log(np.maximum(ratios, np.finfo(np.float64).tiny))
 
 
 def differences(path: str | Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..registry import metric
 from ..tables.view import View
-from .membership import membership
+from .membership import loss, membership
 from .values import Values
 
 
@@ -18,4 +18,4 @@ from .values import Values
 )
 def mia_loss(view: View, *, rows: str = "forget", holdout: str = "holdout") -> Values:
     """AUC of the mean negative log-likelihood of the answer, forget against holdout rows."""
-    return membership(view, rows, holdout, lambda model, name, ids: -model.mean_logprob(name, ids=ids))
+    return membership(view, rows, holdout, loss)

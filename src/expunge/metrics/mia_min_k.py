@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import numpy as np
-from pydantic import Field
-
 from ..registry import metric
 from ..tables.view import View
-from .membership import membership
-from .quantities import counted, smallest_means
+from .membership import Share, attack, membership
 from .values import Values
 
 
@@ -25,9 +19,7 @@ from .values import Values
     range=(0.0, 1.0),
     needs=("scores.answer", "holdout"),
 )
-def mia_min_k(
-    view: View, *, rows: str = "forget", holdout: str = "holdout", k: Annotated[float, Field(gt=0, le=1)] = 0.4
-) -> Values:
+def mia_min_k(view: View, *, rows: str = "forget", holdout: str = "holdout", k: Share = 0.4) -> Values:
     """AUC of minus the mean of the K smallest token log-probabilities, K = max(1, floor(k n)); end tokens do not count.
 
     Args:
@@ -35,10 +27,4 @@ def mia_min_k(
         holdout: rows of the same kind that no model saw.
         k: 0.4 as in MUSE and OpenUnlearning, 0.2 in the paper.
     """
-
-    def score(model: View, name: str, ids: list[str]) -> np.ndarray:
-        table = model.candidate(name, ids=ids)
-        keep, offsets = counted(table)
-        return -smallest_means(table.logprob[keep], offsets, k)
-
-    return membership(view, rows, holdout, score)
+    return membership(view, rows, holdout, attack("min_k", k))

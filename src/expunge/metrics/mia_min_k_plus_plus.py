@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import numpy as np
-from pydantic import Field
-
 from ..registry import metric
 from ..tables.view import View
-from .membership import membership
-from .quantities import counted, smallest_means
+from .membership import Share, attack, membership
 from .values import Values
-
-LEAST_VARIANCE = 1e-6
 
 
 @metric(
@@ -27,9 +19,7 @@ LEAST_VARIANCE = 1e-6
     range=(0.0, 1.0),
     needs=("scores.answer", "holdout"),
 )
-def mia_min_k_plus_plus(
-    view: View, *, rows: str = "forget", holdout: str = "holdout", k: Annotated[float, Field(gt=0, le=1)] = 0.4
-) -> Values:
+def mia_min_k_plus_plus(view: View, *, rows: str = "forget", holdout: str = "holdout", k: Share = 0.4) -> Values:
     """AUC of minus the mean of the K smallest (l - mean) / sqrt(variance), K = max(1, floor(k n)).
 
     l is a token's log-probability, mean and variance those of the log-probabilities under the model's own distribution.
@@ -39,11 +29,4 @@ def mia_min_k_plus_plus(
         holdout: rows of the same kind that no model saw.
         k: 0.4 as in MUSE and OpenUnlearning, 0.2 in the paper.
     """
-
-    def score(model: View, name: str, ids: list[str]) -> np.ndarray:
-        table = model.candidate(name, ids=ids)
-        keep, offsets = counted(table)
-        spread = np.sqrt(np.maximum(table.variance[keep], LEAST_VARIANCE))
-        return -smallest_means((table.logprob[keep] - table.mean[keep]) / spread, offsets, k)
-
-    return membership(view, rows, holdout, score)
+    return membership(view, rows, holdout, attack("min_k_plus_plus", k))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
-
 from ..registry import metric
 from ..tables.view import View
-from .membership import membership
+from .membership import compressed, membership
 from .values import Values
 
 
@@ -25,9 +21,4 @@ from .values import Values
 )
 def mia_zlib(view: View, *, rows: str = "forget", holdout: str = "holdout") -> Values:
     """AUC of loss / bytes of the zlib-compressed answer, forget against holdout rows."""
-
-    def score(model: View, name: str, ids: list[str]) -> np.ndarray:
-        texts = [model.scores[name].texts[i] for i in model.positions(name, ids=ids)]
-        return -model.mean_logprob(name, ids=ids) / [len(zlib.compress(text.encode())) for text in texts]
-
-    return membership(view, rows, holdout, score)
+    return membership(view, rows, holdout, compressed)

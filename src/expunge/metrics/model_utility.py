@@ -12,15 +12,10 @@ import numpy as np
 
 from ..registry import metric
 from ..tables.view import View
+from .means import harmonic_mean
 from .quantities import Form, log_truth_ratio, option_probability, with_wrong_answers
 from .texts import overlaps
 from .values import Aggregate, Units, Values
-
-
-def harmonic_mean(parts: np.ndarray) -> np.ndarray:
-    """Along the last axis; 0 where a part is 0."""
-    with np.errstate(divide="ignore"):
-        return np.where(np.any(parts <= 0, axis=-1), 0.0, parts.shape[-1] / np.sum(1 / parts, axis=-1))
 
 
 @metric(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,7 @@ def ask_all(
     max_new_tokens: int,
     store: Store | None = None,
     *,
+    written: Collection[str] | None = None,
     name: str = "model",
     progress: Progress | None = None,
 ) -> View:
@@ -201,17 +202,19 @@ def ask_all(
 
     Every candidate answer of every row is scored; every row's own question is answered greedily, unless
     `max_new_tokens` is 0.
+
+    Args:
+        written: row sets whose questions are answered; None for all.
     """
     asks: list[Ask] = []
     for rows in data.values():
         items = tuple(((row.id, name_), row, text, None) for row in rows for name_, text in candidates(row).items())
         asks.append(Score(items))
-        if max_new_tokens:
-            asks.append(Generate(tuple(((row.id, "question"), row, None) for row in rows), max_new_tokens))
+    asked = [rows for rows in data if written is None or rows in written] if max_new_tokens else []
+    for rows_ in asked:
+        asks.append(Generate(tuple(((row.id, "question"), row, None) for row in data[rows_]), max_new_tokens))
     answers = run(subject, asks, store, progress)
-    step = 2 if max_new_tokens else 1
-    generations = dict(zip(data, answers[1::2])) if max_new_tokens else {}
-    return View(data, dict(zip(data, answers[0::step])), generations, name=name)
+    return View(data, dict(zip(data, answers)), dict(zip(asked, answers[len(data) :])), name=name)
 
 
 def _prompts(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None], ...]:
