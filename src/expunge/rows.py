@@ -65,6 +65,8 @@ class Row:
     kind: str = "qa"
     """qa (question/answer, goes through the template), completion (prompt + answer as they are), chat, text; and
     instruction: a whole user turn, put into the model's chat template or, where it has none, left as it is."""
+    preface: str = ""
+    """Text before all that: at the beginning of the user's turn; without a chat template, of everything."""
     opening: str = ""
     """What the model is made to begin its reply with ("Answer:"): the end of what is asked."""
     entity: str = ""

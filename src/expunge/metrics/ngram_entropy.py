@@ -29,6 +29,12 @@ def entropy(words: Sequence[str], n: int) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
+def text_entropy(text: str) -> float:
+    """(2/3 H2 + 4/3 H3) / 2 of one text in bits; words and punctuation marks count."""
+    words = _WORD.findall(text)
+    return sum(weight * entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
+
+
 @metric(
     paper="arXiv:2202.05262",
     sentence="How varied the model's sentences are; a low value means that it repeats itself.",
@@ -39,10 +45,5 @@ def entropy(words: Sequence[str], n: int) -> float:
 )
 def ngram_entropy(view: View, *, rows: str = "forget") -> Values:
     """Mean over outputs of the weighted 2- and 3-gram entropy in bits; short answers have little whatever the model."""
-
-    def of(text: str) -> float:
-        words = _WORD.findall(text)
-        return sum(weight * entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
-
-    each = np.array([np.mean([of(text) for text in texts]) for texts in view.outputs(rows)])
+    each = np.array([np.mean([text_entropy(text) for text in texts]) for texts in view.outputs(rows)])
     return averages(rows, view.of(rows), each, flag=empty_outputs(view, rows))

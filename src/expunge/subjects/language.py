@@ -257,27 +257,26 @@ class LanguageModel:
         return self._asked(row, row.prompt if prompt is None else prompt).rstrip(" ")
 
     def _asked(self, row: Row, question: str) -> str:
-        chats = self._chats(row)
+        chats = self.chats(row)
         if chats:
             turns = self._messages(row, question)
             asked = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         elif row.kind in ("completion", "text", "instruction"):
-            asked = question
+            asked = row.preface + question
         else:
-            asked = self.template.prompt.replace("{question}", question)
+            asked = row.preface + self.template.prompt.replace("{question}", question)
         if not row.opening or not asked or asked[-1].isspace():
             return asked + row.opening
         return asked + (" " if chats else "\n") + row.opening
 
-    def _chats(self, row: Row) -> bool:
+    def chats(self, row: Row) -> bool:
+        """Whether the row goes through the model's chat template."""
         return row.kind not in ("completion", "text") and bool(getattr(self.tokenizer, "chat_template", None))
 
     @staticmethod
     def _messages(row: Row, question: str) -> list[dict[str, str]]:
-        turns = [{"role": role, "content": content} for role, content in row.messages]
-        if not turns:
-            return [{"role": "user", "content": question}]
-        return [*turns[:-1], {**turns[-1], "content": question}]
+        turns = [{"role": role, "content": content} for role, content in row.messages] or [{"role": "user"}]
+        return [*turns[:-1], {**turns[-1], "content": row.preface + question}]
 
     def _frame(self, row: Row, question: str, answer: str) -> tuple[str, str]:
         """What stands between prompt and answer, and what closes the answer."""
@@ -286,7 +285,7 @@ class LanguageModel:
         if row.kind == "text":
             return spaces, ""
         end = self.tokenizer.eos_token or ""
-        if self._chats(row):
+        if self.chats(row):
             reply = f"{row.opening} {answer}" if row.opening else answer
             turns = [*self._messages(row, question), {"role": "assistant", "content": reply}]
             whole = self.tokenizer.apply_chat_template(turns, tokenize=False)

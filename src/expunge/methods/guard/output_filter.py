@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from ...registry import guard
 from ...tables.generations import Generations
-from ...tables.store import content_key
-from .case import GuardCase
+from .case import GuardCase, Guarded
 
 
-class Filtered:
-    """A subject whose outputs are withheld when they contain a forbidden string; everything else is the subject's."""
+class Filtered(Guarded):
+    """A subject whose outputs are withheld when they contain a forbidden string."""
 
     def __init__(self, inner: Any, forbidden: Sequence[str], refusal: str) -> None:
-        self.inner = inner
         self.forbidden = tuple(sorted({text.casefold() for text in forbidden if text.strip()}))
         self.refusal = refusal
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    @property
-    def fingerprint(self) -> str:
-        own = content_key("output_filter", list(self.forbidden), self.refusal, self.inner.fingerprint)
-        return hashlib.sha256(own.encode()).hexdigest()
-
-    @cached_property
-    def name(self) -> str:
-        return f"{self.inner.name} behind an output filter"
+        super().__init__(inner, "output_filter", "behind an output filter", list(self.forbidden), refusal)
 
     def generate(self, *arguments: Any, **options: Any) -> Generations:
         made = self.inner.generate(*arguments, **options)
@@ -43,9 +26,6 @@ class Filtered:
     def _pass(self, text: str) -> str:
         lowered = text.casefold()
         return self.refusal if any(word in lowered for word in self.forbidden) else text
-
-    def copy(self) -> Filtered:
-        return Filtered(self.inner.copy(), self.forbidden, self.refusal)
 
 
 @guard(
