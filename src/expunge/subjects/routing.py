@@ -1,8 +1,8 @@
 """Routing in mixtures of experts: where a block says which experts its tokens take, and how logits become scores.
 
 Families choose in their own ways: softmax or sigmoid scores, selection biases, groups of experts, weights that are
-divided by their sum or scaled. All of those in transformers end in one call, experts(states, chosen experts, their
-weights). What is read there is what the model did; how it scored follows from the weights it gave.
+divided by their sum or scaled. In transformers nearly all (not Llama 4, not JetMoE) end in one call, experts(states,
+chosen experts, their weights). What is read there is what the model did; how it scored follows from the weights.
 """
 
 from __future__ import annotations
