@@ -60,8 +60,9 @@ def bench(
         return source
 
     if isinstance(model, str | Path) and (Path(model) / "delta" / "delta.json").is_file():
-        subject, before = _of_run(Path(model))
+        subject, before, around = _of_run(Path(model))
         original = before if original is None else load(original)
+        about = about or around
     else:
         subject, original = load(model), load(original)
     golds = [load(one) for one in gold]
@@ -95,15 +96,17 @@ def bench(
     return card
 
 
-def _of_run(folder: Path) -> tuple[Any, Any]:
-    """(the changed model, the model before) of a run's folder."""
+def _of_run(folder: Path) -> tuple[Any, Any, World | None]:
+    """(the changed model, the model before, the world the latter lies in) of a run's folder."""
     from .deltas import Delta
     from .request import load, read_data
     from .run import changed, load_subject
 
     request = load(folder / "request.json")
     before = load_subject(request)
-    return changed(Delta.load(folder / "delta"), before, read_data(request)), before
+    world = _around(Path(request.model))
+    after = changed(Delta.load(folder / "delta"), before, read_data(request))
+    return after, before, None if world is None else read_world(world)
 
 
 def _around(model: Path) -> Path | None:

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ class Part:
 
 _parts: dict[str, dict[str, Part]] = {room: {} for room in ROOMS}
 _complete: set[str] = set()
+plugins: list[Path] = []
+"""Files that `load_plugin` has run; other processes must run them too."""
 
 
 def _type_name(annotation: Any) -> str:
@@ -249,4 +252,6 @@ def load_plugin(path: str | Path) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    plugins.append(path.absolute())

@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from . import registry
 from .errors import ParameterError
 from .files import write_text
 from .tables.store import content_key
@@ -83,10 +84,12 @@ def _timed(function: Callable[..., Result], settings: dict[str, Any]) -> tuple[R
     return result, time.monotonic() - began
 
 
-def _alone() -> None:
+def _alone(plugins: Sequence[Path]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    for plugin in plugins:
+        registry.load_plugin(plugin)
 
 
 def _in_processes(
@@ -98,7 +101,7 @@ def _in_processes(
 ) -> None:
     # Spawned, not forked: a forked child inherits locks of torch's thread pool.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_alone)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_alone, initargs=(registry.plugins,))
     try:
         running = {pool.submit(_timed, function, dict(grid[i])): i for i in open_}
         while running:

@@ -1,4 +1,4 @@
-"""`expunge bench`, `reproduce`: published protocols and published claims."""
+"""`expunge bench`, `sweep`, `reproduce`: published protocols and published claims."""
 
 from __future__ import annotations
 
@@ -74,6 +74,36 @@ def bench(
     for note in card.notes:
         say(note)
     say(f"scorecard: {folder / 'scorecard.html'}")
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The sweep file, YAML; docs/sweep.md describes it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep.", show_default="runs/NAME")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="as many as cores")] = None,
+    engine: Annotated[str, typer.Option(help="processes, or ray.")] = "processes",
+    plugin: Plugins = None,
+    json: Json = False,
+) -> None:
+    """Carry out a request by many methods and seeds.
+
+    Methods x scopes x seeds x benchmarks from one file, with a hyperparameter search if it asks for one. Results as
+    one table and a leaderboard page. The same command goes on where a killed one stopped.
+    """
+    load_plugins(plugin)
+    from ..sweep import read
+    from ..sweep import sweep as carry_out
+
+    made = read(file)
+    folder = out or Path("runs") / made.name
+    with progressing(json) as progress:
+        results = carry_out(made, folder, workers=workers, engine=engine, progress=progress)
+    if json:
+        say_json(results)
+        return
+    from ..report import leaderboard
+
+    say_rich(leaderboard.table(results))
+    say(f"leaderboard: {folder / 'leaderboard.html'}")
 
 
 def reproduce(
