@@ -108,7 +108,8 @@ def read(path: str | Path) -> Sweep:
         made = Sweep.model_validate(values)
     except pydantic.ValidationError as error:
         first = error.errors()[-1]  # of a union the last form, which is the fullest
-        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-", "Range")))
+        kinds = ("list[", "function-", "Range")
+        where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(kinds))
         raise RequestError(f"{path}: {where} = {first['input']!r}: {first['msg']}") from None
     for name, settings in named(made.methods) or []:
         registry.get("methods", name).resolve(settings)
