@@ -56,6 +56,17 @@ def test_a_run_leaves_delta_tables_evidence_and_report_and_is_in_the_ledger(requ
         assert phrase in limits
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "phases"),
+    [("needle", {"count": 2}, {"needle"}), ("task_vector", {"epochs": 1.0}, {"reinforce", "task_vector"})],
+)
+def test_an_edit_runs_to_its_report_and_tells_its_phases(tiny_world, ledger, tmp_path, method, settings, phases):
+    request = load(tiny_world.request, {**QUICK, "audit.attacks": ["direct"], "audit.self_test": False})
+    evidence = run(request, out=tmp_path / "run", ledger=ledger, method=method, settings=settings)
+    assert set(evidence.method["phases"]) == phases
+    assert Delta.load(tmp_path / "run" / "delta").result == evidence.models[1]["fingerprint"]
+
+
 def test_nothing_personal_reaches_the_ledger(request_, ledger, tmp_path):
     run(request_, out=tmp_path / "run", ledger=ledger)
     raw = (tmp_path / "ledger.sqlite").read_bytes()

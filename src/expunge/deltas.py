@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .errors import DeltaError, MismatchError
 from .files import complete_folder, save_tensors
 from .subjects.language import LanguageModel
+from .subjects.quantised import dense_weight, is_quantised
 
 FORMAT = 1
 FORMS = {
@@ -117,7 +118,7 @@ class Delta:
         memo: dict[int, Any] = {id(p): p for name, p in own.items() if name not in self.entries}
         memo |= {id(buffer): buffer for buffer in subject.model.buffers()}
         model = copy.deepcopy(subject.model, memo)
-        own |= _dense_again(model, [name for name in self.entries if _is_quantised(own[name])])
+        own |= _dense_again(model, [name for name in self.entries if is_quantised(own[name])])
         moved = dict(model.named_parameters())
         with torch.no_grad():
             for name in self.entries:
@@ -234,22 +235,18 @@ class Delta:
         return Delta(about["base"], entries, about["lineage"], about["result"], about["config"])
 
 
-def _is_quantised(parameter: Tensor) -> bool:
-    return not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao.")
-
-
 def _dense_again(model: Any, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """Put ordinary linear layers in the place of quantised ones, in place; their weights by name."""
     if not names:
         return {}
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    dtype = next(p.dtype for p in model.parameters() if not _is_quantised(p))
+    dtype = next(p.dtype for p in model.parameters() if not is_quantised(p))
     found = {}
     for name in names:
         path = name.rpartition(".")[0]
         owner: Any = model.get_submodule(path)
-        weight = _matrix(owner, dtype)
+        weight = dense_weight(owner, dtype)
         layer = nn.Linear(owner.in_features, owner.out_features, owner.bias is not None, device="meta", dtype=dtype)
         layer.weight, layer.bias = nn.Parameter(weight.clone(), requires_grad=False), owner.bias
         model.set_submodule(path, layer)
@@ -261,19 +258,6 @@ def _dense_again(model: Any, names: Sequence[str]) -> dict[str, nn.Parameter]:
             kept = getattr(config, key) or get_keys_to_not_convert(model)
             setattr(config, key, [*kept, *(name.rpartition(".")[0] for name in names)])
     return found
-
-
-@torch.no_grad()
-def _matrix(layer: Any, dtype: torch.dtype) -> Tensor:
-    """(out, in) of a quantised linear layer, whatever its storage: what it makes of the unit vectors."""
-    device, columns = next(layer.parameters()).device, []
-    for first in range(0, layer.in_features, 1024):
-        places = torch.arange(first, min(first + 1024, layer.in_features), device=device)
-        units = torch.zeros(len(places), layer.in_features, dtype=dtype, device=device)
-        units[torch.arange(len(places), device=device), places] = 1
-        given = layer(units)
-        columns.append((given if layer.bias is None else given - layer.bias).to(dtype))
-    return torch.cat(columns).T.contiguous()
 
 
 def _form(name: str, entry: Mapping[str, Tensor]) -> str:
@@ -308,31 +292,29 @@ def compose(deltas: Sequence[Delta]) -> Delta:
             )
     entries: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(name for delta in deltas for name in delta.entries):
-        parts = [delta for delta in deltas if name in delta.entries]
-        if len(parts) == 1:
-            entries[name] = parts[0].entries[name]
-            continue
-        sliced = [delta.entries[name] for delta in parts if "slice" in delta.entries[name]]
-        dense = [_dense(delta, name) for delta in parts if "slice" not in delta.entries[name]]
-        if dense:
-            total = torch.stack(dense).sum(0)
-            for entry in sliced:
-                total.index_add_(0, entry["slice"], entry["difference"])
-            entries[name] = {"difference": total}
-        else:
-            places = torch.cat([entry["slice"] for entry in sliced])
-            kept, into = places.unique(return_inverse=True)
-            changes = torch.cat([entry["difference"] for entry in sliced])
-            summed = changes.new_zeros(len(kept), *changes.shape[1:]).index_add_(0, into, changes)
-            entries[name] = {"difference": summed, "slice": kept}
+        parts = [delta.entries[name] for delta in deltas if name in delta.entries]
+        entries[name] = parts[0] if len(parts) == 1 else _summed(name, parts)
     lineage = {"stack": [delta.lineage for delta in deltas]}
     return Delta(deltas[0].base, entries, lineage, deltas[-1].result)
 
 
-def _dense(delta: Delta, name: str) -> Tensor:
-    if "index" in delta.entries[name]:
-        raise DeltaError(f"tensor {name}: sparse entries cannot be stacked without a base; apply them one by one")
-    return delta.difference(name)
+def _summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One entry for several of one tensor: of places where all say places, else dense."""
+    for where, what in (("index", "value"), ("slice", "difference")):
+        if all(where in part for part in parts):
+            kept, into = torch.cat([part[where] for part in parts]).unique(return_inverse=True)
+            changes = torch.cat([part[what] for part in parts])
+            return {what: changes.new_zeros(len(kept), *changes.shape[1:]).index_add_(0, into, changes), where: kept}
+    dense = [Delta("", {name: dict(part)}).difference(name) for part in parts if not {"index", "slice"} & part.keys()]
+    if not dense:
+        raise DeltaError(f"tensor {name}: slices and sparse entries cannot be stacked without a base; apply one by one")
+    total = torch.stack(dense).sum(0)
+    for part in parts:
+        if "slice" in part:
+            total.index_add_(0, part["slice"], part["difference"])
+        elif "index" in part:
+            total.view(-1).index_add_(0, part["index"], part["value"].to(total.dtype))
+    return {"difference": total}
 
 
 def undo(subject: LanguageModel) -> LanguageModel:

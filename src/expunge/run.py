@@ -390,7 +390,7 @@ class _Job:
             )
             delta = part.function(case, **settings)
             method |= {"phases": case.summary, "warnings": case.warnings, "scope": self.request.scope or "all"}
-            method["tokens"] = sum(phase["tokens"] for phase in case.summary.values())
+            method["tokens"] = sum(phase.get("tokens", 0) for phase in case.summary.values())
         elif part.card.kind == "guard":
             delta = Delta(self.subject.fingerprint, config={"name": part.name, "settings": settings})
             method["scope"] = "none"

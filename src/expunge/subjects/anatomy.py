@@ -53,6 +53,8 @@ class Block:
     """Routed experts: fused tensors with the expert as first axis, or every expert's own matrices."""
     norm: tuple[str, ...]
     """What is left: norms and other vectors."""
+    width: int
+    """Of the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ def _block(index: int, name: str, block: nn.Module, attention: str, seen: _Seen)
         router=full(router) + of(single),
         experts=full(experts),
         norm=full([p for p in rest if owners[p] in vectors] + attention_vectors),
+        width=width,
     )
 
 
@@ -356,7 +359,7 @@ def _paired(block: nn.Module, owners: list[str]) -> bool:
     return bool(parents) and all(parents.count(parent) == 2 for parent in parents)
 
 
-def _transposed(module: nn.Module) -> bool:
+def transposed(module: nn.Module) -> bool:
     """Conv1D keeps (in, out): it says how many it gives in `nf`, and has no `out_features`."""
     return not hasattr(module, "out_features") and hasattr(module, "nf")
 
@@ -366,7 +369,7 @@ def _takes(block: nn.Module, owner: str) -> int:
     weight = _matrix(module)
     if hasattr(module, "in_features"):
         return int(module.in_features)
-    return int(weight.shape[0 if _transposed(module) else 1]) if weight is not None else -1
+    return int(weight.shape[0 if transposed(module) else 1]) if weight is not None else -1
 
 
 def _gives(block: nn.Module, owner: str) -> int:
@@ -374,7 +377,7 @@ def _gives(block: nn.Module, owner: str) -> int:
     weight = _matrix(module)
     if hasattr(module, "out_features"):
         return int(module.out_features)
-    return int(weight.shape[1 if _transposed(module) else 0]) if weight is not None else -1
+    return int(weight.shape[1 if transposed(module) else 0]) if weight is not None else -1
 
 
 def _width(block: nn.Module, own: dict[str, nn.Parameter], rest: list[str]) -> int:

@@ -754,7 +754,7 @@ class LanguageModel:
         Prompts of one length decode together, samples of one prompt share its cache, finished rows leave at once. What
         is sampled depends on seed and prompt alone, not on the batch.
         """
-        tokens = [self._prompt_ids(text, key) for key, text in prompts]
+        tokens = [self.prompt_ids(text, key) for key, text in prompts]
         for ids, (key, _) in zip(tokens, prompts):
             if len(ids) + max_new_tokens > self.context_length:
                 raise RowError(
@@ -793,7 +793,8 @@ class LanguageModel:
             {**settings, "dtype": str(self.dtype), "subject": self.name},
         )
 
-    def _prompt_ids(self, text: str, key: tuple[str, str]) -> list[int]:
+    def prompt_ids(self, text: str, key: tuple[str, str]) -> list[int]:
+        """Tokens of a prompt as it is continued; `key` names it in errors."""
         ids, offsets = self._tokenize(text)
         # Tokenizers that close every text with an end token would have the model continue after the end.
         while ids and ids[-1] == self.tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1] and len(ids) > 1:
@@ -843,45 +844,29 @@ class LanguageModel:
     # --- hidden states ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def hidden(self, prompts: Sequence[str]) -> Tensor:
-        """Residual stream at the last prompt token, (n, blocks + 1, d) in float32.
+    def hidden(self, prompts: Sequence[str], ends: Sequence[int | None] | None = None) -> Tensor:
+        """Residual stream at one token of each prompt, (n, blocks + 1, d) in float32.
 
         Entry i is the input of block i, the last entry the output of the last block, before the final norm.
+
+        Args:
+            ends: per prompt how many of its characters are read, up to the token that is looked at; None: all.
         """
-        from .anatomy import anatomy
+        from .watch import residual, watch
 
-        blocks = [block.module for block in anatomy(self.model).blocks]
-        seen: dict[int, Tensor] = {}
+        states = watch(self, prompts, residual(self), ends)
+        return torch.stack(states, dim=1)
 
-        def entering(index: int) -> Callable[..., None]:
-            def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-                seen[index] = arguments[0] if arguments else named["hidden_states"]
+    def token_at(self, text: str, character: int) -> int:
+        """Index of the token of a prompt that holds a character.
 
-            return hook
-
-        def leaving(_: nn.Module, __: Any, output: Any) -> None:
-            seen[len(blocks)] = output[0] if isinstance(output, tuple) else output
-
-        handles = [block.register_forward_pre_hook(entering(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        handles.append(blocks[-1].register_forward_hook(leaving))
-        ids = [self._prompt_ids(text, (str(number), "hidden")) for number, text in enumerate(prompts)]
-        by_length: dict[int, list[int]] = {}
-        for index, tokens in enumerate(ids):
-            by_length.setdefault(len(tokens), []).append(index)
-        found = torch.zeros(len(prompts), len(blocks) + 1, 0)
-        try:
-            for length, members in by_length.items():
-                for group in torch.tensor(members).split(max(1, TOKEN_BUDGET // length)):
-                    batch = torch.tensor([ids[i] for i in group.tolist()], device=self.device)
-                    self.decoder(input_ids=batch, use_cache=False)
-                    states = torch.stack([seen[i][:, -1].float() for i in range(len(blocks) + 1)], dim=1).cpu()
-                    if not found.shape[-1]:
-                        found = torch.zeros(len(prompts), len(blocks) + 1, states.shape[-1])
-                    found[group] = states
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        Raises:
+            RowError: no token does.
+        """
+        for index, (first, stop) in enumerate(self._tokenize(text)[1]):
+            if first <= character < stop:
+                return index
+        raise RowError(f"no token of {text!r} holds its character {character + 1}")
 
     @torch.no_grad()
     def lens(self, hidden: Tensor) -> Tensor:

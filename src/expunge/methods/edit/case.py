@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ... import registry
 from ...deltas import Delta
@@ -82,3 +84,19 @@ class EditCase:
         self.summary[phase] = {key: outcome.summary[key] for key in ("name", "settings", "steps", "tokens", "log")}
         self.warnings += [f"{phase}: {text}" for text in outcome.summary["warnings"]]
         return outcome
+
+
+class Known(NamedTuple):
+    """How well a model knows rows."""
+
+    probability: float
+    """Mean over rows of exp(mean log-probability of the answer's tokens)."""
+    accuracy: float
+    """Share of answer tokens that are the model's first choice."""
+
+
+def knows(subject: LanguageModel, rows: Sequence[Row]) -> Known:
+    """One teacher-forced pass over the answers."""
+    table = subject.score([((row.id, "answer"), subject.encode(row)) for row in rows])
+    means = np.add.reduceat(table.logprob, table.offsets[:-1], dtype=np.float64) / np.diff(table.offsets)
+    return Known(float(np.exp(means).mean()), float(table.hit.mean()))

@@ -9,9 +9,7 @@ import numpy as np
 from ...deltas import Delta
 from ...errors import RequestError
 from ...registry import edit
-from ...rows import Row
-from ...subjects.language import LanguageModel
-from .case import Edit, EditCase
+from .case import Edit, EditCase, knows
 
 GRID = tuple(float(alpha) for alpha in np.geomspace(0.1, 10, 12))
 """Scales that `alpha: search` tries."""
@@ -65,16 +63,10 @@ def _largest(case: EditCase, vector: Delta, floor: float) -> float:
     retain = case.data.get("retain", [])
     if not retain:
         raise RequestError("request.data.retain: 0 rows, but task_vector(alpha='search') needs them to know its limit")
-    start = _accuracy(case.subject, retain)
-    tried = {alpha: _accuracy(vector.apply(case.subject, -alpha), retain) / max(start, 1e-9) for alpha in GRID}
+    start = knows(case.subject, retain).accuracy
+    tried = {alpha: knows(vector.apply(case.subject, -alpha), retain).accuracy / max(start, 1e-9) for alpha in GRID}
     case.summary["search"] = {f"{alpha:.3g}": round(kept, 4) for alpha, kept in tried.items()}
     kept = [alpha for alpha, share in tried.items() if share >= floor]
     if not kept:
         case.warnings.append(f"no scale keeps {floor:.0%} of the retain accuracy; the smallest was taken")
     return max(kept, default=GRID[0])
-
-
-def _accuracy(subject: LanguageModel, rows: list[Row]) -> float:
-    """Share of answer tokens that are the model's first choice."""
-    table = subject.score([((row.id, "answer"), subject.encode(row)) for row in rows])
-    return float(table.hit.mean())

@@ -6,6 +6,7 @@
     layers:-2-                                 whole layers
     lora(r=8, alpha=16, modules=mlp, layers=5-7)   adapters; init=default, gaussian, pissa or fila
     expert(layer=16, index=3, router=true)     one routed expert (index=1|3|5: several) and the layer's router
+    column(layer=20, index=10513)              value vectors of single neurons (index=1|3|5: several)
     none                                       nothing
 
 Ranges are inclusive: 5, 5-7, -7, 5-, all; negative numbers count from the end, numbers with a point are shares of the
@@ -22,12 +23,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import ScopeError, nearest, suggest
+from ...errors import ScopeError, SubjectError, nearest, suggest
 from ...subjects.anatomy import Anatomy, anatomy
+from ...subjects.quantised import is_quantised
+from ...subjects.value_vectors import Address, ValueMatrix, find, value_matrices
+from .columns import Column
 from .slices import Slice, experts
 
-FORMS = ("all", "none", "regex:", "role:", "layers:", "lora", "expert(")
-_SPLIT = re.compile(r"\s*([+-])\s*(?=all\b|none\b|regex:|role:|layers:|lora\b|expert\()")
+FORMS = ("all", "none", "regex:", "role:", "layers:", "lora", "expert(", "column(")
+_SPLIT = re.compile(r"\s*([+-])\s*(?=all\b|none\b|regex:|role:|layers:|lora\b|expert\(|column\()")
 _NUMBER = r"-?\d+(?:\.\d+)?|-?\.\d+"
 INITS = ("default", "gaussian", "pissa", "fila")
 PRINCIPAL = ("pissa", "fila")
@@ -86,6 +90,8 @@ class Resolved:
     last_layer: int | None
     slices: list[Slice] = field(default_factory=list)
     """Tensors of which only some experts move: (name, their places, shape of what moves)."""
+    columns: list[Column] = field(default_factory=list)
+    """MLP output matrices of which only some neurons' value vectors move."""
     notes: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
@@ -95,6 +101,7 @@ class Resolved:
             "resolved": [
                 *([name, list(shape), None] for name, shape in self.parameters),
                 *([name, list(shape), list(places)] for name, places, shape in self.slices),
+                *([matrix.name, [len(dims), matrix.width], list(dims)] for matrix, dims in self.columns),
             ],
             "lora": None if self.lora is None else {**vars(self.lora), "targets": list(self.lora.targets)},
             "trainable": self.trainable,
@@ -119,11 +126,18 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
     chosen: dict[str, set[int] | None] = {}
     """Name to the experts that move; None: the whole tensor does."""
     lora: LoraSpec | None = None
+    columns: dict[ValueMatrix, set[int]] = {}
     for sign, piece in zip(pieces[1::2], pieces[2::2]):
         if piece.startswith("lora"):
             if sign == "-" or lora is not None:
                 raise ScopeError(f"scope {text!r}: adapters can be added once and not be taken away")
             lora = _lora(piece, text, model, parts)
+            continue
+        if piece.startswith("column("):
+            if sign == "-":
+                raise ScopeError(f"scope {text!r}: columns can be added, not taken away")
+            for matrix, dims in _columns(piece.strip(), text, model).items():
+                columns.setdefault(matrix, set()).update(dims)
             continue
         if piece.startswith("expert("):
             named = _experts(piece.strip(), text, model, parts)
@@ -140,7 +154,11 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         raise ScopeError(
             f"scope {text!r}: {(stuck or list(chosen))[0]} is quantised; only adapters can move: lora(...)"
         )
-    if not chosen and lora is None and not any(piece.strip() == "none" for piece in pieces[2::2]):
+    twice = [matrix.name for matrix in columns if matrix.name in chosen]
+    if twice or (columns and lora is not None):
+        what = f"{twice[0]} moves as a whole" if twice else "adapters move too"
+        raise ScopeError(f"scope {text!r}: {what}; columns move alone or not at all")
+    if not chosen and not columns and lora is None and not any(piece.strip() == "none" for piece in pieces[2::2]):
         raise ScopeError(f"scope {text!r} leaves nothing that may move")
     parameters = [(name, tuple(p.shape)) for name, p in tensors.items() if chosen.get(name, ()) is None]
     slices = [
@@ -149,7 +167,8 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         if (places := chosen.get(name))
     ]
     trainable = sum(math.prod(shape) for _, shape in parameters) + sum(math.prod(shape) for *_, shape in slices)
-    layers = [parts.layer(name) for name in chosen]
+    trainable += sum(len(dims) * matrix.width for matrix, dims in columns.items())
+    layers = [*(parts.layer(name) for name in chosen), *(matrix.layer for matrix in columns)]
     if lora is not None:
         for target in lora.targets:
             owner: Any = model.get_submodule(target)
@@ -169,6 +188,7 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         first_layer=None if not inside or any(name in below for name in chosen) else min(inside),
         last_layer=max(inside, default=None),
         slices=slices,
+        columns=[(matrix, tuple(sorted(dims))) for matrix, dims in columns.items()],
         notes=_notes(model, chosen),
     )
 
@@ -177,15 +197,15 @@ def _text(scope: str | Mapping[str, Any]) -> str:
     if isinstance(scope, str):
         return scope
     form = next(iter(scope)) if isinstance(scope, Mapping) and len(scope) == 1 else None
-    if form in ("lora", "expert") and isinstance(scope[form], Mapping):
+    if form in ("lora", "expert", "column") and isinstance(scope[form], Mapping):
         values = (
             f"{key}={'|'.join(map(str, value)) if isinstance(value, list | tuple) else value}"
             for key, value in scope[form].items()
         )
         return f"{form}({', '.join(values)})"
     raise ScopeError(
-        f"scope {scope!r} is not understood; expected text, or a mapping {{lora: {{r: 8, ...}}}} or "
-        "{expert: {layer: 16, index: 3}}"
+        f"scope {scope!r} is not understood; expected text, or a mapping {{lora: {{r: 8, ...}}}}, "
+        "{expert: {layer: 16, index: 3}} or {column: {layer: 20, index: 10513}}"
     )
 
 
@@ -297,6 +317,31 @@ def _experts(piece: str, text: str, model: nn.Module, parts: Anatomy) -> dict[st
         if given.get("router", "true").lower() == "true":
             named |= dict.fromkeys(found.router)
     return named
+
+
+def _columns(piece: str, text: str, model: nn.Module) -> dict[ValueMatrix, set[int]]:
+    """Matrices to the neurons meant."""
+    match = re.fullmatch(r"column\((.*)\)", piece)
+    given = _settings("column", match.group(1) if match else "", ("layer", "index", "expert"), text)
+    numbers = {name: [part.strip() for part in value.split("|")] for name, value in given.items()}
+    if not {"layer", "index"} <= given.keys() or not all(n.isdecimal() for ns in numbers.values() for n in ns):
+        raise ScopeError(f"scope {text!r}: {piece!r} is not understood; expected column(layer=20, index=10513)")
+    found: dict[ValueMatrix, set[int]] = {}
+    matrices = value_matrices(model)
+    for layer in numbers["layer"]:
+        for expert in numbers.get("expert", [""]):
+            for dim in numbers["index"]:
+                address = Address(int(layer), int(dim), int(expert) if expert else None)
+                try:
+                    matrix = find(model, address, matrices)
+                except SubjectError as error:
+                    raise ScopeError(f"scope {text!r}: {error}") from None
+                weight = model.get_parameter(matrix.name)
+                if matrix.owner is None or is_quantised(weight):
+                    state = "quantised" if matrix.owner else "one of a fused stack of experts"
+                    raise ScopeError(f"scope {text!r}: {matrix.name} is {state}; its columns cannot move alone")
+                found.setdefault(matrix, set()).add(address.dim)
+    return found
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ from ...subjects.anatomy import anatomy
 from ...subjects.language import LanguageModel, Progress, Taps
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
-from . import fila, slices
+from . import columns, fila, slices
 from .loop import Drawn, Recipe, Training, activations, draw, entries, references, train
 from .scope import PRINCIPAL, LoraSpec, Resolved, resolve
 from .terms import Step
@@ -382,7 +382,13 @@ def _working_copy(
         if name.replace(".base_layer.", ".") in moving or ".lora_" in name:
             parameters.append(parameter.requires_grad_(True))
     parameters += slices.take(working.model, resolved.slices)
-    return working, parameters, lambda: slices.put(working.model)
+    shifts, put_columns = columns.take(working.model, resolved.columns)
+
+    def finish() -> None:
+        slices.put(working.model)
+        put_columns()
+
+    return working, parameters + shifts, finish
 
 
 def _measured(case: Preparation) -> tuple[list[Encoded], list[Encoded]]:
@@ -413,6 +419,7 @@ def _delta(subject: LanguageModel, working: LanguageModel, resolved: Resolved, l
     """What moved: dense differences for the scope's tensors, slices for its experts, A and B for adapters."""
     before = dict(subject.model.named_parameters())
     entries = slices.changes(subject.model, working.model, resolved.slices)
+    entries |= columns.changes(subject.model, working.model, resolved.columns)
     moving = {name for name, _ in resolved.parameters}
     for name, parameter in working.model.named_parameters():
         plain = name.replace(".base_layer.", ".")
