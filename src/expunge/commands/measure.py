@@ -1,4 +1,4 @@
-"""`expunge bench`, `sweep`, `reproduce`: published protocols and published claims."""
+"""`expunge bench`, `sweep`, `calibrate`, `reproduce`: published protocols and published claims."""
 
 from __future__ import annotations
 
@@ -104,6 +104,63 @@ def sweep(
 
     say_rich(leaderboard.table(results))
     say(f"leaderboard: {folder / 'leaderboard.html'}")
+
+
+def calibrate(
+    request: Annotated[Path, typer.Argument(help="Request file: its model knows the forget rows, its golds do not.")],
+    knowing: Annotated[
+        list[str] | None, typer.Option("--knowing", help="Another model that knows them.", show_default=False)
+    ] = None,
+    ignorant: Annotated[
+        list[str] | None, typer.Option("--ignorant", help="Another model that never saw them.", show_default=False)
+    ] = None,
+    variants: Annotated[int, typer.Option(help="Drifted copies of each model.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps of drift and of relearning.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of drift and relearning.")] = 3e-4,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of values and page.", show_default="runs/NAME-calibration")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="as many as cores")] = None,
+    json: Json = False,
+) -> None:
+    """Find out which metrics to trust on your models.
+
+    Measures every metric on models whose truth is known: does it tell models that know from models that do not, and
+    does it hold still under quantisation and relearning? The same command goes on where a killed one stopped.
+    """
+    from dataclasses import asdict
+
+    from ..calibrate import calibrate as carry_out
+    from ..request import load
+
+    folder = out or Path("runs") / f"{load(request).name}-calibration"
+    with progressing(json) as progress:
+        found = carry_out(
+            request,
+            folder,
+            knowing=knowing or [],
+            ignorant=ignorant or [],
+            variants=variants,
+            steps=steps,
+            learning_rate=learning_rate,
+            workers=workers,
+            progress=progress,
+        )
+    if json:
+        say_json([{**asdict(one), "use": one.word} for one in found])
+        return
+    columns = ["metric", "trust", "faithfulness", "quantisation", "relearning", "know it", "never saw it", "use"]
+    rows = [
+        [
+            one.metric,
+            *(f"{v:.2f}" for v in (one.trust, one.faithfulness, one.quantisation, one.relearning)),
+            *(f"{v:.3g}" for v in (one.known, one.unknown)),
+            one.word,
+        ]
+        for one in found
+    ]
+    say_table(columns, rows)
+    say(f"calibration: {folder / 'calibration.html'}")
 
 
 def reproduce(

@@ -1,0 +1,229 @@
+"""Which metrics to trust on the user's own models: the metrics are measured on models whose truth is known.
+
+Knowing models are the request's original and others that were trained on the forget rows; ignorant ones are its golds.
+Each also stands in the pool after a little training on retain rows, which changes neither (`drift`). For every metric
+
+- faithfulness: AUC of telling knowing from ignorant models, turned so that the original's side counts as knowing;
+- quantisation, relearning: how still the value holds, 1 - mean |change| / gap, at least 0, where the gap is the
+  distance between the means of both pools: under 4-bit rounding, and on untaught forget rows after the other half was relearned;
+- trust: the harmonic mean of the three, with faithfulness rescaled so that chance is 0.
+
+After OpenUnlearning's meta-evaluation (arXiv:2506.12618, section 5), which compares unlearned models' change with
+gold's; here only models of known truth are used, so that no unlearning method decides what a metric is worth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+from typing import Any
+
+from . import registry
+from .errors import RequestError
+from .files import write_text
+from .request import load
+from .trials import run_trials
+
+Progress = Callable[[str, int, int], None]
+VERSION = 1
+"""Raised when the same model would get other values."""
+FAITHFUL, STEADY = 0.9, 0.75
+"""AUC and stability from which a metric counts as trusted."""
+CHANGES = ("none", "drift", "quantise", "relearn")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What one metric is worth on this family of models."""
+
+    metric: str
+    faithfulness: float
+    quantisation: float
+    relearning: float
+    trust: float
+    known: float
+    """Mean over knowing models."""
+    unknown: float
+    """Mean over ignorant models."""
+    models: int
+    """Values in both pools."""
+
+    @property
+    def word(self) -> str:
+        if self.faithfulness >= FAITHFUL and min(self.quantisation, self.relearning) >= STEADY:
+            return "trust"
+        return "with care" if self.faithfulness >= FAITHFUL else "do not trust"
+
+
+def one(
+    *, request: str, fields: dict[str, Any], model: str, change: str, number: int, steps: int, rate: float, folder: str
+) -> dict[str, Any]:
+    """Values of every metric on one changed model: {part of the forget rows: {metric: value}}, and reasons for none.
+
+    For `relearn`, `half` is the untaught half after relearning, `half before` the same rows before.
+    """
+    from .attacks.quantise import round_to_nearest
+    from .methods.optimise.loop import fit
+    from .request import read_data
+    from .run import load_subject
+    from .tables.passes import Store
+
+    made = load(request, fields)
+    data = read_data(made)
+    subject = load_subject(made, model)
+    golds = [load_subject(made, path) for path in made.gold if path != model]
+    store = Store(Path(folder) / "tables")
+    if change == "none":
+        return {"all": _values(subject, golds, data, store)}
+    entities = sorted({row.entity or row.id for row in data["forget"]})
+    taught = set(entities[number % 2 :: 2])
+    lesson = [row for row in data["forget"] if (row.entity or row.id) in taught]
+    rest = {**data, "forget": [row for row in data["forget"] if (row.entity or row.id) not in taught]}
+    changed = subject.copy()
+    if change == "quantise":
+        round_to_nearest(changed.model, 4)
+        changed.__dict__.pop("fingerprint", None)
+        return {"all": _values(changed, golds, data, store)}
+    rows = lesson if change == "relearn" else data["retain"]
+    encoded = [changed.encode(row) for row in rows]
+    fit(changed, encoded, steps=steps, batch_size=16, learning_rate=rate, seed=number)
+    if change == "drift":
+        return {"all": _values(changed, golds, data, store)}
+    return {"half before": _values(subject, golds, rest, store), "half": _values(changed, golds, rest, store)}
+
+
+def _values(subject: Any, golds: Sequence[Any], data: dict[str, Any], store: Any) -> dict[str, float]:
+    from dataclasses import replace
+
+    from .metrics.measure import values
+    from .tables.passes import ask_all, longest_answer
+    from .tables.view import NotApplicable
+
+    limit = longest_answer(subject, data)
+    view = replace(
+        ask_all(subject, data, limit, store, name=subject.name),
+        golds=[ask_all(gold, data, limit, store, name=gold.name) for gold in golds],
+    )
+    found = {}
+    for part in registry.parts("metrics"):
+        if "language" not in part.card.modality:
+            continue
+        try:
+            found[part.name] = values(part, view).value
+        except NotApplicable:
+            continue
+    return found
+
+
+def calibrate(
+    request: str | Path,
+    out: str | Path,
+    *,
+    knowing: Sequence[str] = (),
+    ignorant: Sequence[str] = (),
+    variants: int = 2,
+    steps: int = 16,
+    learning_rate: float = 3e-4,
+    fields: dict[str, Any] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Calibrated]:
+    """Measure all metrics on models whose truth is known; writes calibration.json and calibration.html into `out`.
+
+    Args:
+        request: its model knows, its golds do not; forget, retain and (for membership) holdout rows are needed.
+        knowing, ignorant: further models.
+        variants: drifted copies of each model, each with another seed.
+        steps: optimiser steps of drift and of relearning.
+
+    Returns:
+        One entry per metric, the most trusted first.
+
+    Raises:
+        RequestError: no ignorant model, or no retain rows.
+    """
+    made = load(request, fields or {})
+    known = [made.model, *knowing]
+    unknown = [*made.gold, *ignorant]
+    if not unknown:
+        raise RequestError(f"{request}: calibration needs models that never saw the forget rows: gold, or --ignorant")
+    if made.data.retain is None:
+        raise RequestError(
+            f"{request}: calibration needs data.retain, for drift that changes no knowledge of forget rows"
+        )
+    folder = Path(out).absolute()
+    grid = [
+        {
+            "request": str(Path(request).absolute()),
+            "fields": dict(fields or {}),
+            "model": model,
+            "change": change,
+            "number": number,
+            "steps": steps,
+            "rate": learning_rate,
+            "folder": str(folder),
+        }
+        for model in (*known, *unknown)
+        for change in CHANGES
+        for number in range({"none": 1, "quantise": 1, "relearn": 2, "drift": variants}[change])
+    ]
+    tell = None if progress is None else lambda done, total: progress("calibrate", done, total)
+    found = run_trials(one, grid, folder / "values", version=VERSION, workers=workers, progress=tell)
+    rows = [{**asked, "values": result} for asked, result in zip(grid, found)]
+    judged = judge(rows, set(known))
+    write_text(
+        folder / "calibration.json",
+        json.dumps({"metrics": [asdict(one_) for one_ in judged], "values": rows}, indent=1, ensure_ascii=False) + "\n",
+    )
+    from .report.render import render
+
+    context = {"name": made.name, "lines": judged, "known": known, "unknown": unknown, "steps": steps}
+    write_text(folder / "calibration.html", render("calibration.html.j2", context))
+    return judged
+
+
+def judge(rows: Sequence[dict[str, Any]], known: set[str]) -> list[Calibrated]:
+    """Metrics by trust, from the values of all models; a metric that some model lacks is left out."""
+    from .verdict import auc
+
+    whole = [row for row in rows if "all" in row["values"]]
+    metrics = [
+        name
+        for name in whole[0]["values"]["all"]
+        if all(name in part for row in rows for part in row["values"].values())
+    ]
+    found = []
+    for name in metrics:
+        pool = {
+            side: [
+                r["values"]["all"][name] for r in whole if r["change"] != "quantise" and (r["model"] in known) == side
+            ]
+            for side in (True, False)
+        }
+        gap = fmean(pool[True]) - fmean(pool[False])
+        sign = 1 if gap >= 0 else -1
+        faithful = auc([sign * v for v in pool[True]], [sign * v for v in pool[False]])
+        start = {row["model"]: row["values"]["all"][name] for row in whole if row["change"] == "none"}
+        quantised = [abs(r["values"]["all"][name] - start[r["model"]]) for r in whole if r["change"] == "quantise"]
+        relearned = [
+            abs(r["values"]["half"][name] - r["values"]["half before"][name])
+            for r in rows
+            if r["change"] == "relearn" and r["model"] not in known
+        ]
+        still = [max(0.0, 1 - fmean(moved) / abs(gap)) if gap else 0.0 for moved in (quantised, relearned)]
+        found.append(
+            Calibrated(
+                metric=name,
+                faithfulness=faithful,
+                quantisation=still[0],
+                relearning=still[1],
+                trust=harmonic_mean([max(0.0, 2 * faithful - 1), *still]),
+                known=fmean(pool[True]),
+                unknown=fmean(pool[False]),
+                models=sum(map(len, pool.values())),
+            )
+        )
+    return sorted(found, key=lambda one_: (-one_.trust, -one_.faithfulness, one_.metric))
