@@ -5,7 +5,8 @@ Each also stands in the pool after a little training on retain rows, which chang
 
 - faithfulness: AUC of telling knowing from ignorant models, turned so that the original's side counts as knowing;
 - quantisation, relearning: how still the value holds, 1 - mean |change| / gap, at least 0, where the gap is the
-  distance between the means of both pools: under 4-bit rounding, and on untaught forget rows after the other half was relearned;
+  distance between the means of both pools: under 4-bit rounding, and on untaught forget rows after the other half was
+  relearned;
 - trust: the harmonic mean of the three, with faithfulness rescaled so that chance is 0.
 
 After OpenUnlearning's meta-evaluation (arXiv:2506.12618, section 5), which compares unlearned models' change with
