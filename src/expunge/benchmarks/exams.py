@@ -1,29 +1,32 @@
 """What a model can do beside what it should forget: exams of a few abilities, each one ask and a mark for every row.
 
-A benchmark that publishes utility questions makes exams of them; `world_exams` makes them of the invented world, where
-lm-evaluation-harness and its data are not at hand.
+A benchmark that publishes utility questions makes exams of them; a folder of files is a set of exams (`read`); `mini`
+writes such a folder about the invented world, for where lm-evaluation-harness and its data are not at hand.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..errors import RowError
 from ..evidence import Measured
 from ..metrics.ngram_entropy import text_entropy
-from ..rows import Row
+from ..rows import SUFFIXES, Row, Source, records, shown
 from ..tables.generations import Generations
 from ..tables.passes import Ask, Generate, Score
 from ..tables.scores import Scores
 from ..world import corpus
-from ..world.facts import IMPLIED, RELATIONS, World
+from ..world.facts import World
 from . import choices
 from .case import Bench
 
@@ -121,10 +124,10 @@ def written(
     return Exam(ability, rows, Generate(prompts, max_new_tokens), grade, sentence)
 
 
-def fluency(rows: Sequence[Row], *, max_new_tokens: int) -> Exam:
+def fluency(rows: Sequence[Row], *, max_new_tokens: int, ability: str = "fluency") -> Exam:
     """Weighted 2- and 3-gram entropy of what is written, in bits: low where a model repeats itself."""
     return written(
-        "fluency",
+        ability,
         rows,
         lambda _, text: text_entropy(text),
         "How varied what the model writes is, in bits; a broken model repeats itself.",
@@ -158,74 +161,148 @@ def f1(text: str, answers: Sequence[str]) -> float:
     return max(map(one, answers))
 
 
-# --- the invented world ----------------------------------------------------------------------------------------------
+# --- exams in files --------------------------------------------------------------------------------------------------
 
 
-def world_exams(world: World, *, limit: int = 40, seed: int = 0, max_new_tokens: int = 16) -> list[Exam]:
-    """Five abilities on what every model of the world was taught: places, and people whom nobody wants forgotten.
+def read(folder: str | Path, *, limit: int = 0, seed: int = 0, max_new_tokens: int = 30) -> list[Exam]:
+    """An exam for every `<ability>.jsonl` (or .json, .csv, .parquet) of a folder.
+
+    Multiple choice where rows have `choices` (with `question` and `answer`, a place or letter, and perhaps a
+    `statement` that the right choice completes); written answers where they have `answers` or `answer`, marked by F1
+    and, as `<ability>_exact`, by exact match; fluency where they have an `instruction`. `entity` is the unit of
+    intervals, where a row has one.
 
     Args:
-        limit: rows of an exam; where there are more, the seed draws.
+        limit: rows of an exam; where there are more, the seed draws; 0 takes all.
+
+    Raises:
+        RowError: no folder, no files, a row that is none of these or not what the file's first row is.
     """
+    folder = Path(folder)
+    paths = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES) if folder.is_dir() else []
+    if not paths:
+        raise RowError(f"{folder} holds no exams; expected a folder with files such as factuality.jsonl")
+    return [exam for path in paths for exam in _exams(path, limit, seed, max_new_tokens)]
 
-    def drawn(rows: list[Row]) -> list[Row]:
-        return random.Random(seed).sample(rows, limit) if len(rows) > limit else rows
 
-    people = [_row(record) for person in world.members("retain") for record in corpus.questions(world, person)]
-    places = drawn([_row(record) for record in corpus.general(world)])
-    chains = drawn([row for row in people if row.relation in IMPLIED])
-    stated = drawn([row for row in people if row.task == "qa" and row.relation in RELATIONS])
-    begun = drawn([row for row in people if row.task == "cloze"])
+def _exams(path: Path, limit: int, seed: int, max_new_tokens: int) -> list[Exam]:
+    ability = path.stem
 
-    def options(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-        return [(row.answer, *row.perturbed_answers) for row in rows]
+    def drawn(several: list[Any]) -> list[Any]:
+        return random.Random(seed).sample(several, limit) if limit and len(several) > limit else several
 
-    reworded = [replace(row, prompt=row.paraphrased_prompts[0]) for row in stated]
-    sentences = [replace(row, prompt=row.paraphrased_prompts[0]) for row in begun]
-    texts = [Row(f"{row.id}/text", "", row.prompt, kind="completion", entity=row.entity) for row in begun]
+    rows = list(records(Source(str(path))))
+    first = rows[0][1] if rows else {}
+    if "choices" in first:
+        return [_offer(ability, drawn(choices.read(Source(str(path)), ability, options=None)))]
+    kind = next((name for name in ("instruction", "question") if name in first), None)
+    if kind is None:
+        raise RowError(
+            f"{path}: found {'the fields ' + ', '.join(map(str, first)) if rows else '0 rows'}; expected question with "
+            "choices or answers, or instruction"
+        )
+    numbered = drawn(list(enumerate(rows, start=1)))
+    made = [
+        Row(
+            f"{ability}/{number}",
+            "",
+            _field(where, record, kind),
+            kind="qa" if kind == "question" else "instruction",
+            entity=str(record.get("entity") or ""),
+            source=where,
+        )
+        for number, (where, record) in numbered
+    ]
+    if kind == "instruction":
+        return [fluency(made, max_new_tokens=2 * max_new_tokens, ability=ability)]
+    wanted = [_answers(where, record) for _, (where, record) in numbered]
     return [
-        choice(
-            "general",
-            places,
-            options(places),
-            [0] * len(places),
-            "Share of questions about places whose right answer the model finds likeliest among six.",
-        ),
         written(
-            "reason",
-            chains,
-            lambda i, text: exact_match(text, [chains[i].answer]),
-            "Share of questions that take two steps which are answered exactly.",
+            ability,
+            made,
+            lambda i, text: f1(text, wanted[i]),
+            f"Words in common with the right answer to {ability} questions (F1).",
             max_new_tokens=max_new_tokens,
         ),
-        choice(
-            "truthfulness",
-            sentences,
-            options(sentences),
-            [0] * len(sentences),
-            "Share of sentences, in wordings never trained on, whose true end the model finds likeliest among six.",
-        ),
         written(
-            "factuality",
-            reworded,
-            lambda i, text: f1(text, [reworded[i].answer]),
-            "Words in common with the right answer when retained facts are asked in other words (F1).",
+            f"{ability}_exact",
+            made,
+            lambda i, text: exact_match(text, wanted[i]),
+            f"Share of {ability} questions that are answered exactly.",
             max_new_tokens=max_new_tokens,
         ),
-        fluency(texts, max_new_tokens=2 * max_new_tokens),
     ]
 
 
-def _row(record: corpus.Record) -> Row:
-    closed = "question" not in record
-    return Row(
-        id=record["id"],
-        prompt=record["prompt" if closed else "question"],
-        answer=record["completion" if closed else "answer"],
-        kind="completion" if closed else "qa",
-        entity=record["entity"],
-        perturbed_answers=tuple(record["perturbed_answers"]),
-        paraphrased_prompts=tuple(record["paraphrased_questions"]),
-        relation=record["relation"],
-        task=record["task"],
+def _offer(ability: str, questions: Sequence[choices.Question]) -> Exam:
+    """Multiple choice without letters, so that a model needs no format for it: the likeliest option, byte by byte."""
+
+    def grade(table: Scores) -> Marks:
+        return choices.marks(questions, table, per_byte=True).right.tolist()
+
+    return Exam(
+        ability,
+        [Row(one.id, one.choices[one.answer], source=one.source) for one in questions],
+        choices.cloze(questions, statements=all(one.statement for one in questions)),
+        grade,
+        f"Share of {ability} questions whose right option the model finds likeliest, byte by byte.",
     )
+
+
+def _field(where: str, record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{where}: field {name!r} holds {shown(value)}, expected text")
+    return value
+
+
+def _answers(where: str, record: Mapping[str, Any]) -> list[str]:
+    value = record.get("answers", record.get("answer"))
+    several = value if isinstance(value, list | tuple) else [value]
+    if not several or not all(isinstance(one, str) and one.strip() for one in several):
+        raise RowError(f"{where}: field 'answers' holds {shown(value)}, expected a text or a list of texts")
+    return list(several)
+
+
+# --- the invented world ----------------------------------------------------------------------------------------------
+
+
+def mini(world: World, folder: Path) -> None:
+    """Five abilities on what every model of the world was taught: places, and people whom nobody wants forgotten.
+
+    `general` (places) and `truthfulness` (statements in wordings never trained on) are multiple choice, `reason` takes
+    two steps, `factuality` asks in other words, `fluency` is what follows the beginnings of sentences.
+    """
+    people = [record for person in world.members("retain") for record in corpus.questions(world, person)]
+    stated = [record for record in people if record["task"] == "qa"]
+    begun = [record for record in people if record["task"] == "cloze"]
+    files: dict[str, list[dict[str, Any]]] = {
+        "general": [_offered(record, record["question"]) for record in corpus.general(world)],
+        "reason": [_asked(record, record["question"]) for record in people if record["task"] == "multi_hop"],
+        "truthfulness": [
+            _offered(record, said, end=".") | {"statement": said}
+            for record in begun
+            for said in record["paraphrased_questions"][:1]
+        ],
+        "factuality": [_asked(record, record["paraphrased_questions"][0]) for record in stated],
+        "fluency": [{"instruction": record["prompt"], "entity": record["entity"]} for record in begun],
+    }
+    for name, lines in files.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _asked(record: corpus.Record, question: str) -> dict[str, Any]:
+    return {"question": question, "answers": [record["answer"]], "entity": record["entity"]}
+
+
+def _offered(record: corpus.Record, question: str, end: str = "") -> dict[str, Any]:
+    """The right answer among the wrong ones, at a place that follows from the question."""
+    options = [record["value"] + end, *record["perturbed_answers"]]
+    order = random.Random(question).sample(range(len(options)), len(options))
+    return {
+        "question": question,
+        "choices": [options[i] for i in order],
+        "answer": order.index(0),
+        "entity": record["entity"],
+    }

@@ -21,9 +21,9 @@ from ..metrics.texts import overlap
 from ..registry import benchmark
 from ..rows import Row
 from ..tables.passes import Generate
-from ..world.facts import make
 from .case import Bench
-from .exams import take, world_exams
+from .exams import mini as exams_mini
+from .exams import read, take
 from .rwku_data import TYPES, Published, Target, attack_type
 from .rwku_mini import mini
 from .rwku_utility import published_exams
@@ -79,8 +79,8 @@ def rwku(
         measured, table, more = _membership(bench, published, chosen)
         scores, tables, notes = [*scores, *measured], [*tables, table], [*notes, *more]
     if utility:
-        exams = published_exams(published, chosen, worked) if bench.data else world_exams(bench.world or make(0))
-        scores += take(bench, exams)
+        own = published_exams(published, chosen, worked) if bench.data else read(bench.source(exams_mini), limit=40)
+        scores += take(bench, own)
     return bench.scorecard(
         scores,
         headline=[f"forget_{name}" for name in (*LEVELS, "all")] + ["neighbor_all"],
