@@ -8,11 +8,11 @@ import torch
 from tiny import tiny
 
 from expunge import registry
-from expunge.errors import ParameterError, RowError
+from expunge.errors import MismatchError, ParameterError, RowError
 from expunge.methods.optimise.loop import Training, mean_loss
 from expunge.methods.optimise.terms import Side, Step, divergence, dual, negative_log_likelihood
 from expunge.methods.optimise.unlearn import set_up, unlearn
-from expunge.rows import Row
+from expunge.rows import Row, Source, read_rows
 from expunge.subjects.language import LanguageModel
 
 V = 11
@@ -234,6 +234,56 @@ def test_undial_pulls_to_the_start_models_logits_with_the_token_lowered(case, st
     p = logits.detach().softmax(-1)
     assert torch.allclose(found, (p - q) / len(target), rtol=0, atol=1e-12)
     assert float(loss) == pytest.approx(float(-(q * p.log()).sum(-1).mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize(("top", "temperature"), [(3, 1.0), (V, 1.0), (4, 2.0)])
+def test_distil_pulls_to_the_teachers_top_tokens_and_leaves_the_others_among_themselves(case, top, temperature):
+    logits, target, reference = case
+    best = (reference / temperature).softmax(-1).topk(top, dim=-1)
+    forget = side(logits, target, teacher=best.values, teacher_tokens=best.indices)
+    _, found = gradient("distil", logits, {"forget": forget}, temperature=temperature, retain="none")
+    p = logits.detach().softmax(-1)
+    rest = p.scatter(1, best.indices, 0.0)
+    q = (rest / rest.sum(1, keepdim=True).clamp_min(1e-12)) * (1 - best.values.sum(1, keepdim=True))
+    q = q.scatter(1, best.indices, best.values)
+    assert torch.allclose(found, temperature**2 * (p - q) / len(target), atol=1e-9)
+
+
+def test_a_teacher_that_is_the_model_itself_without_context_changes_nothing_and_one_with_context_is_learned(tiny_world):
+    subject = LanguageModel.load(tiny_world.original)
+    rows = read_rows(Source(str(tiny_world.data("forget"))), "forget")[:8]
+
+    def learned(context, steps):
+        outcome = unlearn(
+            subject,
+            registry.get("methods", "distil"),
+            {"context": context, "retain": "none"},
+            scope="all",
+            data={"forget": rows},
+            training=Training(steps=steps, batch_size=4, learning_rate=1e-3, guard=None),
+        )
+        return outcome.summary["log"]
+
+    still = learned("", 1)
+    assert still["gradient_norm"][0] < 1e-5
+    log = learned("Say nothing.", 12)
+    assert log["gradient_norm"][0] > 1e-2
+    assert log["loss"][-1] < 0.9 * log["loss"][0]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tiny_world, tmp_path):
+    subject = LanguageModel(*tiny("llama"))
+    subject.save(tmp_path / "teacher")
+    world = LanguageModel.load(tiny_world.original)
+    with pytest.raises(MismatchError, match="another tokenizer"):
+        unlearn(
+            world,
+            registry.get("methods", "distil"),
+            {"teacher": str(tmp_path / "teacher")},
+            scope="all",
+            data={"forget": people(["a"]), "retain": people(["b", "c"])},
+            training=Training(steps=1, guard=None),
+        )
 
 
 def hinge_gradient(p, target):
