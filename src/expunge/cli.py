@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from typing import Annotated
 
 import typer
 
 from .commands import catalogue, deltas, ledger, measure, work, world
 from .commands.console import remark, say
+from .errors import LaunchError
+from .processes import end, launched
 
+SHARED_OUT = ("run", "audit")
+"""Commands that several processes of one launch carry out together."""
 DONE, BUG, MISTAKE, NOT_MET, INTERRUPTED = 0, 1, 2, work.NOT_MET, 130
 
 app = typer.Typer(
@@ -65,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        _fits(arguments)
         code = app(args=arguments or ["--help"], prog_name="expunge", standalone_mode=False)
+        end()
         # typer turns Ctrl-C into exit code 130 (older versions raise Abort)
         return _interrupted(arguments) if code == INTERRUPTED else int(code or DONE)
     except (KeyboardInterrupt, typer.Abort):
@@ -74,8 +81,31 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         code, line = _explain(error)
+        if launched()[0]:
+            # What all processes find is told by the first one, and the launcher ends the others meanwhile.
+            time.sleep(1)
+            print(f"process {launched()[0]}: {line}", file=sys.stderr, flush=True)
         remark(line)
         return code
+
+
+def _fits(arguments: list[str]) -> None:
+    """
+    Raises:
+        LaunchError: several processes were launched for a command that runs in one.
+    """
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if launched()[1] > 1 and command not in SHARED_OUT:
+        raise LaunchError(
+            f"`expunge {command}` runs in one process, and {launched()[1]} were launched; only "
+            f"{' and '.join(SHARED_OUT)} are shared out. Start it without a launcher."
+        )
+    if command in SHARED_OUT and "RANK" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        if "MASTER_PORT" in os.environ and os.environ["ACCELERATE_USE_CPU"].lower() == "true":
+            remark(
+                "one process was started: `accelerate launch --cpu` starts several through MPI only; without GPUs "
+                "launch with --multi_gpu all the same"
+            )
 
 
 def _explain(error: Exception) -> tuple[int, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+from . import processes
+
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
@@ -26,4 +28,5 @@ def environment(device: str = "cpu", dtype: str = "torch.float32") -> dict[str, 
         "device": device,
         "dtype": dtype.removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        **({"processes": processes.count()} if processes.count() > 1 else {}),
     }

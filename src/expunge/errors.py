@@ -99,6 +99,12 @@ class LedgerError(ExpungeError):
     code = "E510"
 
 
+class LaunchError(ExpungeError):
+    """The processes of one launch do not fit together, or what they were launched for."""
+
+    code = "E530"
+
+
 def nearest(name: str, names: Iterable[str], limit: int = 3) -> list[str]:
     """The valid names that look most like `name`."""
     return difflib.get_close_matches(str(name), list(names), n=limit, cutoff=0.45)

@@ -1,6 +1,7 @@
 """The main job: a request goes in; a changed model and its evidence come out.
 
-Killed anywhere, the same command goes on.
+Killed anywhere, the same command goes on. Several processes of one launch all come through here: passes and training
+are shared out below, the first process alone holds the folder and the ledger.
 
 The folder of a run:
 
@@ -26,10 +27,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import registry
+from . import processes, registry
 from .cards import card_dict
 from .environment import environment, versions
-from .errors import OutputError, RequestError
+from .errors import LaunchError, OutputError, RequestError
 from .evidence import Evidence
 from .files import write_text
 from .ledger import Ledger
@@ -81,6 +82,7 @@ def run(
     Raises:
         ExpungeError: input that cannot be used, an output folder that holds another run.
     """
+    processes.start()
     request = with_method(request, method, settings, scope)
     check(request)
     data = read_data(request)
@@ -103,6 +105,7 @@ def audit_model(
     progress: Progress | None = None,
 ) -> Evidence:
     """Attack and judge a model that is said to have forgotten; see `expunge.audit`."""
+    processes.start()
     if not isinstance(request, Request):
         request = load(request)
     changes: dict[str, Any] = {}
@@ -180,6 +183,8 @@ def load_subject(request: Request, path: str | None = None) -> LanguageModel:
     from .subjects.language import LanguageModel, Template
 
     template = Template(**request.template.model_dump()) if request.template else None
+    if processes.count() > 1 and ":" in (request.device or ""):
+        raise LaunchError(f"device: {request.device} names one device for {processes.count()} processes; leave it out")
     return LanguageModel.load(
         path or request.model,
         template=template,
@@ -213,22 +218,31 @@ def changed(delta: Any, before: LanguageModel, data: dict[str, list[Row]]) -> An
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """The run's folder, for one process at a time; the lock goes with its process."""
+    """The run's folder, for one run at a time; the lock goes with its process."""
     import fcntl
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115 - held open as long as the lock
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror or error}. Choose another place with --out."
-        ) from None
-    with file:
+    held: list[Any] = []
+
+    def lock() -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            held.append(open(folder / ".lock", "w"))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {folder}: {error.strerror or error}. Choose another place with --out."
+            ) from None
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise OutputError(f"another process is writing {folder}; wait for it or choose another --out") from None
+
+    try:
+        processes.once(lock)
+        processes.same(f"folder {folder}", (folder / ".lock").exists())
         yield
+    finally:
+        for file in held:
+            file.close()
 
 
 class _Job:
@@ -264,16 +278,17 @@ class _Job:
             after.fingerprint if after is not None else None,
             {name: [asdict(replace(row, source="")) for row in rows] for name, rows in data.items()},
         )
+        processes.same("models, rows or settings", self.key)
 
     def carry_out(self, *, change: bool) -> Evidence:
         """All phases that are not done yet."""
-        state = self._state()
+        state = processes.once(self._state)
         if state.get("status") == "finished" and (self.folder / "evidence.json").is_file():
             return Evidence.load(self.folder / "evidence.json")
         from .request import warnings
         from .rows import fingerprint
 
-        salt = self.ledger.salt
+        salt = processes.once(lambda: self.ledger.salt)
         prints = {name: fingerprint(rows, salt) for name, rows in self.data.items()}
         # Salted as well: the key is a hash of the rows, and a guessed row could be confirmed against it.
         about = {
@@ -282,7 +297,7 @@ class _Job:
             "kind": _kind(change),
         }
         if not state:
-            self.ledger.append(
+            self._enter(
                 "request_received",
                 **about,
                 rows={name: len(rows) for name, rows in self.data.items()},
@@ -295,23 +310,25 @@ class _Job:
                 proof=self.request.proof,
             )
             self._write("request.json", self.request.model_dump())
-        self.ledger.append("resumed" if state else "started", **about, versions=versions())
+        self._enter("resumed" if state else "started", **about, versions=versions())
         self._write("run.json", {"key": self.key, "status": "running", "method": self.request.method_name})
         try:
             method = self._change() if change else {"name": "audit of a given model", "settings": {}}
             evidence = self._audit(method, prints, warnings(self.data))
         except KeyboardInterrupt:
-            self.ledger.append("interrupted", **about)
+            self._enter("interrupted", **about)
             raise
         except Exception as error:
             self._write("run.json", {"key": self.key, "status": "failed", "method": self.request.method_name})
-            self.ledger.append("failed", **about, error=getattr(error, "code", type(error).__name__))
+            self._enter("failed", **about, error=getattr(error, "code", type(error).__name__))
             raise
+        if not processes.first():
+            return evidence
         from . import report
 
         evidence.save(self.folder / "evidence.json")
         report.write(evidence, self.folder)
-        self.ledger.append(
+        self._enter(
             "finished",
             **about,
             result=self.after.fingerprint,
@@ -344,8 +361,14 @@ class _Job:
             )
         return dict(state)
 
+    def _enter(self, event: str, **fields: Any) -> None:
+        """An entry in the ledger."""
+        if processes.first():
+            self.ledger.append(event, **fields)
+
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        write_text(self.folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if processes.first():
+            write_text(self.folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _tell(self, phase: str) -> Callable[[int, int], None] | None:
         progress = self.progress
@@ -356,7 +379,7 @@ class _Job:
         from .deltas import Delta
 
         done = self.folder / "method.json"
-        if done.is_file() and (self.folder / "delta" / "delta.json").is_file():
+        if processes.once(lambda: done.is_file() and (self.folder / "delta" / "delta.json").is_file()):
             self.after = changed(Delta.load(self.folder / "delta"), self.subject, self.data)
             return dict(json.loads(done.read_text(encoding="utf-8")))
         part = registry.get("methods", self.request.method_name)
@@ -396,12 +419,19 @@ class _Job:
             method["scope"] = "none"
         else:
             raise RequestError(f"method {part.name} is of kind {part.card.kind}, which runs cannot carry out yet")
-        self.after = changed(delta, self.subject, self.data)
-        replace(delta, result=self.after.fingerprint).save(self.folder / "delta")
-        method["cost"] = {"seconds": round(time.monotonic() - began, 3), "tokens": method.get("tokens", 0)}
-        method["cost"]["peak_memory_bytes"] = _peak_memory()
-        self._write("method.json", method)
-        return dict(json.loads(done.read_text(encoding="utf-8")))
+        cost = {"seconds": round(time.monotonic() - began, 3), "tokens": method.get("tokens", 0)}
+        if processes.first() or delta.config is not None:
+            self.after = changed(delta, self.subject, self.data)
+
+        def keep() -> dict[str, Any]:
+            replace(delta, result=self.after.fingerprint).save(self.folder / "delta")
+            self._write("method.json", {**method, "cost": {**cost, "peak_memory_bytes": _peak_memory()}})
+            return dict(json.loads(done.read_text(encoding="utf-8")))
+
+        method = processes.once(keep)
+        if self.after is None:  # the delta is the truth: other processes take the weights that the first one wrote
+            self.after = changed(Delta.load(self.folder / "delta"), self.subject, self.data)
+        return method
 
     def _audit(self, method: dict[str, Any], prints: dict[str, str], warnings: list[str]) -> Evidence:
         from .audit import audit

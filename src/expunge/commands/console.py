@@ -1,4 +1,7 @@
-"""Where a command speaks: results go to stdout, progress and remarks to stderr."""
+"""Where a command speaks: results go to stdout, progress and remarks to stderr.
+
+Of several processes of one launch only the first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..processes import launched
+
 PLAIN_SECONDS = 10.0
 """Without a terminal a phase says at most this often how far it is."""
 
 
 def say(text: str = "") -> None:
     """One result, on stdout. A reader that has seen enough (`| head`) is no error."""
+    if launched()[0]:
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -27,7 +34,8 @@ def say(text: str = "") -> None:
 
 def remark(text: str) -> None:
     """What is not a result, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not launched()[0]:
+        print(text, file=sys.stderr, flush=True)
 
 
 def say_json(document: Any) -> None:
@@ -57,7 +65,8 @@ def say_rich(table: Any) -> None:
     """A table made with rich; wide enough for one line per row where nobody looks at a terminal."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 240).print(table)
+    if not launched()[0]:
+        Console(width=None if sys.stdout.isatty() else 240).print(table)
 
 
 def size(count: float, unit: str = "B") -> str:
@@ -136,7 +145,7 @@ class Progress:
 @contextmanager
 def progressing(quiet: bool) -> Iterator[Progress | None]:
     """Progress while the block runs; None where one JSON document is all that was asked for."""
-    if quiet:
+    if quiet or launched()[0]:
         yield None
         return
     progress = Progress()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import processes
 from ..errors import ParameterError
 from .catalogue import Json, Plugins, load_plugins
 from .console import assignments, duration, progressing, remark, say, say_json, say_rich, say_table, size
@@ -85,7 +86,7 @@ def run(
     folder = out or _folder(read)
     with progressing(json) as progress:
         evidence = carry_out(read, out=folder, method=method, settings=settings, scope=scope, progress=progress)
-        if save_model:
+        if save_model and processes.first():
             _save_model(read, folder)
     _tell(evidence, folder, json)
     return _met(evidence, require)

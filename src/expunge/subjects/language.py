@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..errors import RowError, SubjectError
 from ..registry import subject
 from ..rows import Row
@@ -24,7 +25,7 @@ from ..tables.generations import Generations
 from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
-from .packed import Encoded, Pack, batches, pack, packed_attention
+from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
 
 Progress = Callable[[int, int], None]
 
@@ -129,6 +130,8 @@ class LanguageModel:
         self.template = template or Template()
         self.base: LanguageModel | None = None
         """The subject that a delta was applied to, where this one was made so."""
+        self.sharded = False
+        """Weights lie in parts over the processes of a launch (FSDP): every process must run every pass."""
         self._mode: str | None = None
         self._can_enter: bool | None = None
         self._parts: list[BlockParts] | None = None
@@ -246,6 +249,18 @@ class LanguageModel:
         """Tokens the model can attend to."""
         config = self.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)
+
+    def share(
+        self, groups: Sequence[Sequence[int]], do: Callable[[Sequence[int]], Any], *, of: Any, progress: Progress | None
+    ) -> list[Any]:
+        """What `do` gives for each group of rows, groups shared out over the processes of a launch.
+
+        Args:
+            of: the rows, for processes to compare.
+        """
+        if self.sharded:
+            return [do(group) for group in groups]
+        return processes.shared(groups, do, of=of, device=self.device, progress=progress)
 
     # --- text to tokens --------------------------------------------------------------------------------------
 
@@ -589,17 +604,24 @@ class LanguageModel:
             self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and _enters(self)
         return self._can_enter
 
+    def settle(self) -> None:
+        """Try out now what is otherwise tried when a pass first needs it."""
+        if self.can_enter:
+            _ = self._others
+        _ = self.blocks, self.linear_head
+
     @torch.no_grad()
     def entries(self, rows: Sequence[Encoded], layer: int) -> list[Tensor]:
         """Per row the input of block `layer` (at least 1) at its fed tokens, (len - 1, d)."""
-        found: list[Tensor] = [torch.empty(0)] * len(rows)
         taps = Taps(final=False, layers=(layer - 1,))
-        for group in batches(rows, TOKEN_BUDGET):
+
+        def read(group: Sequence[int]) -> list[Tensor]:
             pack_ = pack([rows[i] for i in group], self.device)
             parts = self.states(pack_, taps)[f"layer.{layer - 1}"].split([len(rows[i].ids) - 1 for i in group])
-            for index, part in zip(group, parts):
-                found[index] = part.clone()
-        return found
+            return [part.clone() for part in parts]
+
+        groups = list(batches(rows, TOKEN_BUDGET))
+        return in_order(groups, self.share(groups, read, of=[row.ids for row in rows], progress=None))
 
     @contextmanager
     def perturbed(self, layer: int, delta: Tensor) -> Iterator[None]:
@@ -652,21 +674,22 @@ class LanguageModel:
             token_budget: tokens fed at once, `TOKEN_BUDGET` by default; the numbers do not depend on it.
         """
         rows = [row for _, row in items]
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-        order: list[int] = []
-        for group in batches(rows, token_budget or TOKEN_BUDGET):
+
+        def read(group: Sequence[int]) -> dict[str, np.ndarray]:
             pack_ = pack([rows[i] for i in group], self.device)
             statistics = self.statistics(self.hidden_states(pack_), pack_.target)
-            for name, values in zip(("logprob", "hit", "mean", "variance"), statistics):
-                parts[name].append(values.cpu().numpy())
-            parts["token"].append(pack_.target.to(torch.int32).cpu().numpy())
-            parts["end"].append(
-                np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
-            )
-            order += group
-            if progress:
-                progress(len(order), len(rows))
-        columns = {name: np.concatenate(parts[name]) if parts[name] else np.zeros(0, _TYPES[name]) for name in COLUMNS}
+            part = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
+            part["token"] = pack_.target.to(torch.int32).cpu().numpy()
+            part["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
+            return part
+
+        groups = list(batches(rows, token_budget or TOKEN_BUDGET))
+        parts = self.share(groups, read, of=[row.ids for row in rows], progress=progress)
+        order = [i for group in groups for i in group]
+        columns = {
+            name: np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, _TYPES[name])
+            for name in COLUMNS
+        }
         table = Scores.of(
             [items[i][0] for i in order],
             [rows[i].scored for i in order],
@@ -687,21 +710,20 @@ class LanguageModel:
         if not layers:
             raise SubjectError(f"{self.name} has no block that says which experts its tokens take")
         rows = [row for _, row in items]
-        parts: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-        order: list[int] = []
-        for group in batches(rows, TOKEN_BUDGET):
+
+        def read(group: Sequence[int]) -> dict[int, np.ndarray]:
             states = self.states(pack([rows[i] for i in group], self.device), Taps(final=False, chosen=layers))
-            for layer in layers:
-                parts[layer].append(states[f"chosen.{layer}"].cpu().numpy())
-            order += group
-            if progress:
-                progress(len(order), len(rows))
+            return {layer: states[f"chosen.{layer}"].cpu().numpy() for layer in layers}
+
+        groups = list(batches(rows, TOKEN_BUDGET))
+        parts = self.share(groups, read, of=[row.ids for row in rows], progress=progress)
+        order = [i for group in groups for i in group]
         counts = {layer: len(self.model.get_parameter(str(self.blocks[layer].router))) for layer in layers}
         chosen = {
-            layer: np.concatenate(found).astype(np.uint8 if counts[layer] <= 256 else np.int16)
-            if found
+            layer: np.concatenate([part[layer] for part in parts]).astype(np.uint8 if counts[layer] <= 256 else np.int16)
+            if parts
             else np.zeros((0, 1), np.uint8)
-            for layer, found in parts.items()
+            for layer in layers
         }
         about = {"experts": {str(layer): count for layer, count in counts.items()}, "subject": self.name}
         table = Routes.of([items[i][0] for i in order], [len(rows[i].ids) - 1 for i in order], chosen, about)
@@ -761,35 +783,34 @@ class LanguageModel:
                     f"row {key[0]} ({key[1]}): prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
                     f"the model's context of {self.context_length}"
                 )
-        texts: list[list[str]] = [[] for _ in prompts]
-        stopped: list[list[bool]] = [[] for _ in prompts]
         by_length: dict[int, list[int]] = {}
         for index, ids in enumerate(tokens):
             by_length.setdefault(len(ids), []).append(index)
-        done = 0
+        groups: list[list[int]] = []
         for length in sorted(by_length):
             step = max(1, TOKEN_BUDGET * 4 // (length + max_new_tokens) // samples)
             members = by_length[length]
-            for first in range(0, len(members), step):
-                group = members[first : first + step]
-                noise = None
-                if temperature > 0:
-                    noise = torch.stack([_noise(seed, prompts[i][1], samples, max_new_tokens) for i in group])
-                rows = self._decode([tokens[i] for i in group], max_new_tokens, temperature, samples, noise)
-                for place, index in enumerate(group):
-                    outputs = rows[place * samples : (place + 1) * samples]
-                    decoded = self.tokenizer.batch_decode([ids for ids, _ in outputs], skip_special_tokens=True)
-                    texts[index] = [text.strip() for text in decoded]
-                    stopped[index] = [ended for _, ended in outputs]
-                done += len(group)
-                if progress:
-                    progress(done, len(prompts))
+            groups += [members[first : first + step] for first in range(0, len(members), step)]
+
+        def write(group: Sequence[int]) -> list[tuple[list[str], list[bool]]]:
+            noise = None
+            if temperature > 0:
+                noise = torch.stack([_noise(seed, prompts[i][1], samples, max_new_tokens) for i in group])
+            rows = self._decode([tokens[i] for i in group], max_new_tokens, temperature, samples, noise)
+            found = []
+            for place in range(len(group)):
+                outputs = rows[place * samples : (place + 1) * samples]
+                decoded = self.tokenizer.batch_decode([ids for ids, _ in outputs], skip_special_tokens=True)
+                found.append(([text.strip() for text in decoded], [ended for _, ended in outputs]))
+            return found
+
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples, "seed": seed}
+        answers = in_order(groups, self.share(groups, write, of=[tokens, settings], progress=progress))
         return Generations(
             [key for key, _ in prompts],
             [text for _, text in prompts],
-            texts,
-            stopped,
+            [texts for texts, _ in answers],
+            [stopped for _, stopped in answers],
             {**settings, "dtype": str(self.dtype), "subject": self.name},
         )
 

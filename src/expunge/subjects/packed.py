@@ -275,6 +275,12 @@ def batches(rows: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
         yield group
 
 
+def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """What was found for each row, group by group, in the order of the rows."""
+    places = {index: value for group, part in zip(groups, parts) for index, value in zip(group, part)}
+    return [places[index] for index in range(len(places))]
+
+
 # --- attention, family by family ---------------------------------------------------------------------------------
 
 IMPLEMENTATION = "expunge_families"

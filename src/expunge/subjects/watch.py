@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import anatomy
+from .packed import in_order
 from .value_vectors import ValueMatrix, value_matrices
 
 if TYPE_CHECKING:
@@ -60,23 +61,28 @@ def watch(
     by_length: dict[int, list[int]] = {}
     for index, ids in enumerate(tokens):
         by_length.setdefault(len(ids), []).append(index)
-    found: list[Tensor] = [torch.zeros(len(prompts), 0) for _ in places]
+    groups = [
+        members[first : first + step]
+        for length, members in by_length.items()
+        for step in [max(1, TOKENS // length)]
+        for first in range(0, len(members), step)
+    ]
+
+    def read(group: Sequence[int]) -> list[list[Tensor]]:
+        batch = torch.tensor([tokens[i] for i in group], device=subject.device)
+        subject.decoder(input_ids=batch, use_cache=False)
+        rows, columns = torch.arange(len(group)), torch.tensor([at[i] for i in group])
+        # Experts and some MLPs see tokens of all rows in one axis.
+        states = [seen[number].reshape(*batch.shape, -1)[rows, columns].float().cpu() for number in range(len(places))]
+        return [list(row) for row in zip(*states)]
+
     try:
-        for length, members in by_length.items():
-            for group in torch.tensor(members).split(max(1, TOKENS // length)):
-                batch = torch.tensor([tokens[i] for i in group.tolist()], device=subject.device)
-                subject.decoder(input_ids=batch, use_cache=False)
-                rows, columns = torch.arange(len(group)), torch.tensor([at[i] for i in group.tolist()])
-                for number in range(len(places)):
-                    # Experts and some MLPs see tokens of all rows in one axis.
-                    state = seen[number].reshape(len(group), length, -1)[rows, columns].float().cpu()
-                    if not found[number].shape[1]:
-                        found[number] = torch.zeros(len(prompts), state.shape[1])
-                    found[number][group] = state
+        parts = subject.share(groups, read, of=[tokens, at, list(places)], progress=None)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    found = in_order(groups, parts)
+    return [torch.stack([row[i] for row in found]).cpu() if found else torch.zeros(0, 0) for i in range(len(places))]
 
 
 def residual(subject: LanguageModel) -> list[Place]:

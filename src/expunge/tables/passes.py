@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .. import processes
 from ..rows import Row
 from .generations import Generations
 from .routes import Routes
@@ -65,23 +66,28 @@ Ask = Generate | Score | Hidden | Route
 
 
 class Store:
-    """A folder of answered asks, with a second one that several runs share."""
+    """A folder of answered asks, with a second one that several runs share.
+
+    Of several processes the first one looks and writes; what it finds all of them read.
+    """
 
     def __init__(self, folder: Path | None, shared: Path | None = None) -> None:
         self.folders = [folder for folder in (folder, shared) if folder is not None]
 
     def find(self, name: str) -> Path | None:
         """The file of that name, copied into the first folder if only the second has it."""
-        for folder in self.folders:
-            path = folder / name
-            if path.is_file():
+
+        def look() -> bool:
+            path = next((path for folder in self.folders if (path := folder / name).is_file()), None)
+            if path is not None:
                 self._spread(path, name)
-                return path
-        return None
+            return path is not None
+
+        return self.folders[0] / name if self.folders and processes.once(look) else None
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file into the first folder and link it into the second."""
-        if self.folders:
+        if self.folders and processes.first():
             path = self.folders[0] / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
@@ -104,6 +110,8 @@ class Store:
 
 def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress: Progress | None = None) -> list[Any]:
     """Answer all asks: `Generations`, `Scores`, `Routes` or a tensor each, in their order.
+
+    Of several processes each does its share of the passes (the subject sees to that), and all get all answers.
 
     Args:
         subject: a LanguageModel, or anything with its operations.

@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ... import processes
 from ...errors import RequestError, TrainingError
 from ...files import complete_folder, save_tensors
 from ...subjects.language import LanguageModel, Progress, Taps
-from ...subjects.packed import Encoded, Pack, batches, pack
+from ...subjects.packed import Encoded, Pack, batches, in_order, pack
+from .shards import cut, is_part, like, local, norm, sharded, whole
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -137,23 +140,16 @@ def references(
     subject: LanguageModel, rows: Sequence[Encoded], *, hidden: bool, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:
     """Per row the start model's `reference_tokens` (answer tokens,) or `reference_hidden` (answer tokens, d)."""
-    found: list[dict[str, Tensor]] = [{} for _ in rows]
-    done = 0
-    for group in batches(rows, 4096):
+    name = "reference_hidden" if hidden else "reference_tokens"
+
+    def read(group: Sequence[int]) -> list[dict[str, Tensor]]:
         packed = pack([rows[i] for i in group], subject.device)
-        states = subject.hidden_states(packed)
-        lengths = [rows[i].scored for i in group]
-        if hidden:
-            values, name = states, "reference_hidden"
-        else:
-            values = chunked(lambda h, t: token_logprob(subject.head, h, t), states, packed.target, subject.vocabulary)
-            name = "reference_tokens"
-        for index, part in zip(group, values.split(lengths)):
-            found[index] = {name: part.clone()}
-        done += len(group)
-        if progress:
-            progress(done, len(rows))
-    return found
+        values = subject.hidden_states(packed)
+        if not hidden:
+            values = chunked(lambda h, t: token_logprob(subject.head, h, t), values, packed.target, subject.vocabulary)
+        return [{name: part.clone()} for part in values.split([rows[i].scored for i in group])]
+
+    return _over(subject, rows, read, progress)
 
 
 @torch.no_grad()
@@ -162,18 +158,26 @@ def activations(
 ) -> list[dict[str, Tensor]]:
     """Per row the start model's residual stream after every tapped block: `layer.7` (tapped positions, d)."""
     taps = replace(taps, final=False, routers=())
-    found: list[dict[str, Tensor]] = [{} for _ in rows]
-    done = 0
-    for group in batches(rows, 4096):
+
+    def read(group: Sequence[int]) -> list[dict[str, Tensor]]:
         states = subject.states(pack([rows[i] for i in group], subject.device), taps)
-        lengths = [_tapped(rows[i], taps) for i in group]
+        found: list[dict[str, Tensor]] = [{} for _ in group]
         for name, values in states.items():
-            for index, part in zip(group, values.split(lengths)):
-                found[index][name] = part.clone()
-        done += len(group)
-        if progress:
-            progress(done, len(rows))
-    return found
+            for row, part in zip(found, values.split([_tapped(rows[i], taps) for i in group])):
+                row[name] = part.clone()
+        return found
+
+    return _over(subject, rows, read, progress)
+
+
+def _over(
+    subject: LanguageModel,
+    rows: Sequence[Encoded],
+    read: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    progress: Progress | None,
+) -> list[dict[str, Tensor]]:
+    groups = list(batches(rows, 4096))
+    return in_order(groups, subject.share(groups, read, of=[row.ids for row in rows], progress=progress))
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -263,6 +267,14 @@ class Turn:
         finally:
             self.shift = None
 
+    @cached_property
+    def _owners(self) -> Tensor:
+        """(P,) whose shift a fed token of the forget part takes: its own, or that of the row whose token stands for it
+        where rows share a beginning. A pass over some of the rows must not choose another one."""
+        rows = self.rows(self._part("forget")[0])
+        starts, packed = _starts(rows), pack(rows)
+        return torch.tensor([starts[row] + at for row, at in packed.owner])[packed.every]
+
     def positions(self) -> int:
         """P: fed tokens of the forget part's rows."""
         return sum(len(row.ids) - 1 for row in self.rows(self._part("forget")[0]))
@@ -301,10 +313,15 @@ class Turn:
         if self.shift is None:
             return self.subject.states(pack_, self.recipe.taps, entry)
         layer, delta = self.shift
-        starts = list(itertools.accumulate((len(row.ids) - 1 for row in rows), initial=0))
-        owner = torch.tensor([starts[members[row]] + at for row, at in pack_.owner], device=delta.device)
+        starts = _starts(rows)
+        owner = self._owners[[starts[members[row]] + at for row, at in pack_.owner]].to(delta.device)
         with self.subject.perturbed(layer, delta[owner]):
             return self.subject.states(pack_, self.recipe.taps, entry)
+
+
+def _starts(rows: Sequence[Encoded]) -> list[int]:
+    """Place of each row's first fed token among the fed tokens of all."""
+    return list(itertools.accumulate((len(row.ids) - 1 for row in rows), initial=0))
 
 
 @dataclass
@@ -386,15 +403,20 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
     takes the objective's gradient at what the taps read, and then runs each piece with gradients: the objective always
     sees the whole step, so the trajectory does not depend on how it was split.
     """
-    subject, taps, processes = turn.subject, turn.recipe.taps, turn.processes
+    subject, taps, count = turn.subject, turn.recipe.taps, turn.processes
     rows = turn.rows(sides)
-    if processes == 1 and sum(len(row.ids) for row in rows) <= turn.micro_tokens:
+    if count == 1 and sum(len(row.ids) for row in rows) <= turn.micro_tokens:
         value = loss(turn._step(sides, turn._states(rows, range(len(rows)))))
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
-    mine = [i for i in range(len(rows)) if i % processes == turn.rank]
-    groups = [[mine[i] for i in group] for group in batches([rows[i] for i in mine], turn.micro_tokens)]
+    shares = [[i for i in range(len(rows)) if i % count == rank] for rank in range(count)]
+    plans = [
+        [[mine[i] for i in group] for group in batches([rows[i] for i in mine], turn.micro_tokens)] for mine in shares
+    ]
+    groups = plans[turn.rank]
+    # Where weights lie in parts no process can run a pass alone: one that is done with its rows repeats one for naught.
+    idle = max(len(plan) for plan in plans) - len(groups) if subject.sharded else 0
     answers = list(itertools.accumulate((row.scored for row in rows), initial=0))
     fed = list(itertools.accumulate((_tapped(row, taps) for row in rows), initial=0))
 
@@ -406,44 +428,58 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
     keys += [*(f"layer.{layer}" for layer in taps.layers), *(f"router.{layer}" for layer in taps.routers)]
     with torch.no_grad():
         parts = [(group, turn._states(rows, group)) for group in groups]
-    whole: dict[str, Tensor] = {}
+        for _ in range(idle):
+            turn._states(rows, [0])
+    together: dict[str, Tensor] = {}
     for key in keys:
         width = parts[0][1][key].shape[1] if parts else 0
-        if processes > 1:
+        if count > 1:
             sizes = torch.tensor([width], device=subject.device)
             torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
             width = int(sizes)
-        count = (answers if key == "final" else fed)[-1]
+        length = (answers if key == "final" else fed)[-1]
         dtype = torch.float32 if key.startswith("router") else subject.dtype
-        whole[key] = torch.zeros(count, width, dtype=dtype, device=subject.device)
+        together[key] = torch.zeros(length, width, dtype=dtype, device=subject.device)
         for group, states in parts:
-            whole[key][places(key, group)] = states[key]
-        if processes > 1:
-            torch.distributed.all_reduce(whole[key])
-        whole[key].requires_grad_()
+            together[key][places(key, group)] = states[key]
+        if count > 1:
+            torch.distributed.all_reduce(together[key])
+        together[key].requires_grad_()
     del parts
-    value = loss(turn._step(sides, whole))
+    value = loss(turn._step(sides, together))
     value.backward()  # type: ignore[no-untyped-call]
-    if processes > 1:
+    if count > 1:
         # Every process took the same gradient of the head; the sum over processes below must count it once.
         for parameter in turn.parameters:
             if parameter.grad is not None:
-                parameter.grad /= processes
-    for group in groups:
-        states = turn._states(rows, group)
+                parameter.grad /= count
+    for group in [*groups, *[None] * idle]:
+        states = turn._states(rows, group or [0])
         pairs = [
-            (states[key], gradient[places(key, group)])
+            (states[key], gradient[places(key, group)] if group else torch.zeros_like(states[key]))
             for key in keys
-            if states[key].requires_grad and (gradient := whole[key].grad) is not None
+            if states[key].requires_grad and (gradient := together[key].grad) is not None
         ]
         if pairs:
             torch.autograd.backward([state for state, _ in pairs], [gradient for _, gradient in pairs])
-    if processes > 1:
-        for parameter in turn.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
+    if count > 1:
+        _sum_gradients([p for p in turn.parameters if not is_part(p)])
     return value.detach()
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Add the gradients of all processes. A tensor that got none in any of them has none, as in one process."""
+    if not parameters:
+        return
+    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    torch.distributed.all_reduce(reached, torch.distributed.ReduceOp.MAX)
+    sums = []
+    for parameter, anywhere in zip(parameters, reached.tolist()):
+        if anywhere:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            sums.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
+    for sum_ in sums:
+        sum_.wait()
 
 
 def _factor(training: Training, index: int, total: int) -> float:
@@ -507,25 +543,54 @@ def train(
     Raises:
         TrainingError: the loss is not finite, or no parameter receives a gradient.
     """
-    from accelerate import PartialState
-
     if not parameters:
         return Log()
-    processes = PartialState()
-    masters = [
-        p if p.dtype == torch.float32 else nn.Parameter(p.detach().float().clone(), requires_grad=True)
-        for p in parameters
-    ]
+    with sharded(subject, parameters) as stand_ins:
+        return _train(
+            subject,
+            stand_ins,
+            drawn,
+            recipe,
+            training,
+            held_out,
+            frozen_head,
+            entries,
+            checkpoint,
+            key,
+            evaluate_at,
+            evaluate,
+            progress,
+        )
+
+
+def _train(
+    subject: LanguageModel,
+    parameters: Sequence[nn.Parameter],
+    drawn: Drawn,
+    recipe: Recipe,
+    training: Training,
+    held_out: Sequence[Encoded],
+    frozen_head: Head | None,
+    entries: Entries | None,
+    checkpoint: Path | None,
+    key: str,
+    evaluate_at: Sequence[int],
+    evaluate: Callable[[int], None] | None,
+    progress: Progress | None,
+) -> Log:
+    masters = [_master(p) for p in parameters]
     optimiser = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     log, first = Log(), 0
     best: list[Tensor] | None = None
     outside = 0
     began = time.monotonic()
     if checkpoint is not None:
-        resumed = _resume(checkpoint, key, masters, optimiser)
+        resumed = _resume(checkpoint, key, parameters, masters, optimiser)
         if resumed is not None:
             first, log, best, outside = resumed
             _write_back(parameters, masters)
+    if first == 0 and processes.sharding() and not subject.sharded:
+        log.warnings.append("FSDP had nothing to cut: no whole tensor or adapter of a block moves in this scope")
     guard = training.guard if held_out else None
     if guard and not log.guard:
         log.guard.append((0, mean_loss(subject, held_out)))
@@ -550,8 +615,8 @@ def train(
                 frozen_head or subject.head,
                 entries,
                 training.micro_tokens,
-                processes.num_processes,
-                processes.process_index,
+                processes.count(),
+                processes.rank(),
             )
             value = turn.backward() if recipe.around is None else recipe.around(turn)
             if not torch.isfinite(value):
@@ -561,17 +626,17 @@ def train(
                 )
             if index == 0:
                 log.warnings += _without_gradient(parameters)
+            total_norm = norm([p.grad for p in parameters if p.grad is not None])
             for parameter, master in zip(parameters, masters):
                 if master is not parameter:
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
-            limit = training.max_grad_norm or math.inf
-            norm = torch.nn.utils.clip_grad_norm_(masters, limit)
+                    master.grad = None if parameter.grad is None else local(parameter.grad).float()
+            torch.nn.utils.clip_grads_with_norm_(masters, training.max_grad_norm or math.inf, total_norm)
             optimiser.step()
             for parameter, master in zip(parameters, masters):
                 parameter.grad = master.grad = None
             _write_back(parameters, masters)
             log.loss.append(float(value))
-            log.gradient_norm.append(float(norm))
+            log.gradient_norm.append(float(total_norm))
             for name, side in turn.seen.items():
                 if "token_logprob" in side.__dict__:
                     log.nll.setdefault(name, []).append(float(-side.token_logprob.detach().mean()))
@@ -591,12 +656,13 @@ def train(
             if progress:
                 progress(index, total)
             log.seconds = before + time.monotonic() - began
-            if checkpoint is not None and time.monotonic() - saved >= training.checkpoint_seconds:
-                _save(checkpoint, key, index, log, masters, optimiser, best, outside)
+            if checkpoint is not None and _due(saved, training, subject):
+                _save(checkpoint, key, index, log, parameters, masters, optimiser, best, outside)
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        if checkpoint is not None and first < index:
-            _save(checkpoint, key, index, log, masters, optimiser, best, outside)
+        # Parts of weights cannot be put together any more: other processes are elsewhere.
+        if checkpoint is not None and first < index and not subject.sharded:
+            _save(checkpoint, key, index, log, parameters, masters, optimiser, best, outside)
         raise
     if log.stopped_by_guard and best is not None:
         with torch.no_grad():
@@ -615,11 +681,18 @@ def mean_loss(subject: LanguageModel, rows: Sequence[Encoded]) -> float:
     return float(-torch.cat([row["reference_tokens"] for row in values]).mean())
 
 
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """What the optimiser moves: the parameter, or this process's part of it, or an fp32 copy of either."""
+    if parameter.dtype != torch.float32:
+        return nn.Parameter(local(parameter).detach().float().clone())
+    return nn.Parameter(local(parameter)) if is_part(parameter) else parameter
+
+
 @torch.no_grad()
 def _write_back(parameters: Sequence[nn.Parameter], masters: Sequence[nn.Parameter]) -> None:
     for parameter, master in zip(parameters, masters):
-        if master is not parameter:
-            parameter.copy_(master)
+        if parameter.dtype != torch.float32:
+            local(parameter).copy_(master)
 
 
 def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[str]:
@@ -634,23 +707,42 @@ def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[str]:
 # --- checkpoints: safetensors and JSON, never pickle ---------------------------------------------------------------
 
 
+def _due(saved: float, training: Training, subject: LanguageModel) -> bool:
+    """Whether it is time for a checkpoint; where all processes must give their parts the first one's clock says so."""
+    due = time.monotonic() - saved >= training.checkpoint_seconds
+    return processes.once(lambda: due) if subject.sharded else due
+
+
 def _save(
     folder: Path,
     key: str,
     step: int,
     log: Log,
+    parameters: Sequence[nn.Parameter],
     masters: Sequence[nn.Parameter],
     optimiser: torch.optim.Optimizer,
     best: list[Tensor] | None,
     outside: int,
 ) -> None:
+    """Written by the first process. Tensors are whole, so that a run may go on with another number of processes."""
     tensors: dict[str, Tensor] = {}
-    for i, master in enumerate(masters):
-        tensors[f"value.{i}"] = master.detach().contiguous()
+
+    def put(name: str, parameter: Tensor, part: Tensor) -> None:
+        tensor = whole(like(parameter, part.detach()))
+        if processes.first():
+            tensors[name] = (tensor.cpu() if is_part(parameter) else tensor).contiguous()
+
+    for i, (parameter, master) in enumerate(zip(parameters, masters)):
+        put(f"value.{i}", parameter, master)
         for name, state in optimiser.state.get(master, {}).items():
-            tensors[f"{name}.{i}"] = state.detach().contiguous()
+            if state.dim():
+                put(f"{name}.{i}", parameter, state)
+            elif processes.first():
+                tensors[f"{name}.{i}"] = state.detach()
         if best is not None:
-            tensors[f"best.{i}"] = best[i].contiguous()
+            put(f"best.{i}", parameter, best[i])
+    if not processes.first():
+        return
     with complete_folder(folder) as partial:
         save_tensors(tensors, partial / "tensors.safetensors")
         state = {"key": key, "step": step, "outside": outside, "log": asdict(log)}
@@ -658,27 +750,39 @@ def _save(
 
 
 def _resume(
-    folder: Path, key: str, masters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer
+    folder: Path,
+    key: str,
+    parameters: Sequence[nn.Parameter],
+    masters: Sequence[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
 ) -> tuple[int, Log, list[Tensor] | None, int] | None:
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    if not (folder / "state.json").is_file():
+    def read() -> Any:
+        found = folder / "state.json"
+        return json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
+
+    state = processes.once(read)
+    if state is None or state["key"] != key:
         return None
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state["key"] != key:
-        return None
-    tensors = load_file(folder / "tensors.safetensors")
-    with torch.no_grad():
-        for i, master in enumerate(masters):
-            master.copy_(tensors[f"value.{i}"])
-            optimiser.state[master] = {
-                name: tensors[f"{name}.{i}"].to(
-                    "cpu" if name == "step" and master.device.type == "cpu" else master.device
-                )
-                for name in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{i}" in tensors
-            }
-    best = [tensors[f"best.{i}"].to(m.device) for i, m in enumerate(masters)] if "best.0" in tensors else None
+    best: list[Tensor] | None = None
+    with torch.no_grad(), safe_open(folder / "tensors.safetensors", "pt") as file:
+        names = set(file.keys())
+
+        def part(name: str, parameter: Tensor) -> Tensor:
+            tensor = file.get_tensor(name).to(parameter.device)
+            return local(cut(parameter, tensor))
+
+        for i, (parameter, master) in enumerate(zip(parameters, masters)):
+            master.copy_(part(f"value.{i}", parameter))
+            if f"step.{i}" in names:
+                step = file.get_tensor(f"step.{i}")
+                optimiser.state[master] = {
+                    "step": step if master.device.type == "cpu" else step.to(master.device),
+                    **{name: part(f"{name}.{i}", parameter).clone() for name in ("exp_avg", "exp_avg_sq")},
+                }
+        if "best.0" in names:
+            best = [part(f"best.{i}", parameter).clone() for i, parameter in enumerate(parameters)]
     log = Log(**state["log"])
     log.guard = [(int(step), float(value)) for step, value in log.guard]
     return int(state["step"]), log, best, int(state["outside"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...registry import optimise
 from .loop import Turn
+from .shards import cut, norm
 from .terms import Objective
 from .unlearn import Preparation
 
@@ -104,9 +105,8 @@ def forget_gradient(turn: Turn, radius: float, shifts: Sequence[Vector] = ()) ->
 
 def _unit(vector: Vector) -> Vector:
     """The vector over its norm over all parameters; 0 where that is 0."""
-    norms = [part.float().norm() for part in vector if part is not None]
-    norm = torch.stack(norms).norm().clamp_min(1e-30) if norms else torch.ones(())
-    return [None if part is None else part / norm for part in vector]
+    length = norm([part for part in vector if part is not None]).clamp_min(1e-30)
+    return [None if part is None else part / length for part in vector]
 
 
 def _sum(terms: Sequence[tuple[float, Vector]]) -> Vector:
@@ -122,4 +122,4 @@ def _noise(turn: Turn, sample: int) -> Vector:
     """Standard normal numbers that depend on seed, step and sample only."""
     seed = (turn.recipe.given["seed"] * 1_000_003 + turn.index) * 1009 + sample
     generator = torch.Generator().manual_seed(seed % (1 << 63))
-    return [torch.randn(p.shape, generator=generator).to(p) for p in turn.parameters]
+    return [cut(p, torch.randn(p.shape, generator=generator).to(p.device, p.dtype)) for p in turn.parameters]
