@@ -100,12 +100,12 @@ def _fits(arguments: list[str]) -> None:
             f"`expunge {command}` runs in one process, and {launched()[1]} were launched; only "
             f"{' and '.join(SHARED_OUT)} are shared out. Start it without a launcher."
         )
-    if command in SHARED_OUT and "RANK" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        if "MASTER_PORT" in os.environ and os.environ["ACCELERATE_USE_CPU"].lower() == "true":
-            remark(
-                "one process was started: `accelerate launch --cpu` starts several through MPI only; without GPUs "
-                "launch with --multi_gpu all the same"
-            )
+    alone = "RANK" not in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if alone and "MASTER_PORT" in os.environ and command in SHARED_OUT:
+        remark(
+            "one process was started: `accelerate launch --cpu` starts several through MPI only; without GPUs launch "
+            "with --multi_gpu all the same"
+        )
 
 
 def _explain(error: Exception) -> tuple[int, str]:

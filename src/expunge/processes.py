@@ -12,12 +12,12 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, TypeVar
 
 from .errors import LaunchError
 
-W = TypeVar("W")
+W = TypeVar("W", bound=Sized)
 R = TypeVar("R")
 
 HOURS = 2
@@ -167,14 +167,14 @@ def shared(
     Raises:
         RuntimeError: processes came with different work.
     """
-    processes, total = count(), sum(len(item) for item in work)  # type: ignore[arg-type]
+    processes, total = count(), sum(len(item) for item in work)
     mine: list[R] = []
     error: Exception | None = None
     done = 0
     try:
         for item in work[rank() :: processes]:
             mine.append(do(item))
-            done += processes * len(item)  # type: ignore[arg-type]
+            done += processes * len(item)
             if progress:
                 progress(min(done, total), total)
     except Exception as raised:
@@ -212,7 +212,9 @@ def same(what: str, value: Any) -> None:
     torch.distributed.all_gather_object(values, value)
     odd = next((i for i, other in enumerate(values) if other != values[0]), None)
     if odd is not None:
-        raise LaunchError(f"process {odd} does not find the same {what} as process 0; all processes need the same files")
+        raise LaunchError(
+            f"process {odd} does not find the same {what} as process 0; all processes need the same files"
+        )
 
 
 def _portable(error: Exception) -> Exception:

@@ -226,7 +226,7 @@ def _alone(folder: Path) -> Iterator[None]:
     def lock() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.append(open(folder / ".lock", "w"))
+            held.append(open(folder / ".lock", "w"))  # noqa: SIM115 - held open as long as the lock
         except OSError as error:
             raise OutputError(
                 f"cannot write {folder}: {error.strerror or error}. Choose another place with --out."

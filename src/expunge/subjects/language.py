@@ -720,7 +720,9 @@ class LanguageModel:
         order = [i for group in groups for i in group]
         counts = {layer: len(self.model.get_parameter(str(self.blocks[layer].router))) for layer in layers}
         chosen = {
-            layer: np.concatenate([part[layer] for part in parts]).astype(np.uint8 if counts[layer] <= 256 else np.int16)
+            layer: np.concatenate([part[layer] for part in parts]).astype(
+                np.uint8 if counts[layer] <= 256 else np.int16
+            )
             if parts
             else np.zeros((0, 1), np.uint8)
             for layer in layers

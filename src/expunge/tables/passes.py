@@ -83,7 +83,8 @@ class Store:
                 self._spread(path, name)
             return path is not None
 
-        return self.folders[0] / name if self.folders and processes.once(look) else None
+        found: bool = bool(self.folders) and processes.once(look)
+        return self.folders[0] / name if found else None
 
     def keep(self, name: str, write: Callable[[Path], None]) -> None:
         """Write a file into the first folder and link it into the second."""

@@ -453,7 +453,7 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
         for parameter in turn.parameters:
             if parameter.grad is not None:
                 parameter.grad /= count
-    for group in [*groups, *[None] * idle]:
+    for group in [*groups, *[[]] * idle]:
         states = turn._states(rows, group or [0])
         pairs = [
             (states[key], gradient[places(key, group)] if group else torch.zeros_like(states[key]))
@@ -545,6 +545,12 @@ def train(
     """
     if not parameters:
         return Log()
+    if processes.count() > 1:
+        with torch.no_grad():
+            for parameter in parameters:  # whatever each of them prepared, they begin alike
+                values = parameter.detach().contiguous()
+                torch.distributed.broadcast(values, 0)
+                parameter.copy_(values)
     with sharded(subject, parameters) as stand_ins:
         return _train(
             subject,

@@ -115,12 +115,14 @@ def is_part(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, in the same memory; a tensor that is whole itself."""
-    return tensor.detach().to_local() if is_part(tensor) else tensor  # type: ignore[operator]
+    part: Any = tensor.detach()
+    return part.to_local() if is_part(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor put together from all processes, which all must ask for it."""
-    return tensor.detach().full_tensor() if is_part(tensor) else tensor.detach()  # type: ignore[operator]
+    part: Any = tensor.detach()
+    return part.full_tensor() if is_part(tensor) else part
 
 
 def like(parameter: Tensor, part: Tensor) -> Tensor:

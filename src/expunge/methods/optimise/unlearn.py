@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import registry
+from ... import processes, registry
 from ...cards import MethodCard
 from ...deltas import Delta
 from ...errors import ParameterError, RequestError, RowError, ScopeError
@@ -117,6 +117,7 @@ def unlearn(
         asdict(replace(training, checkpoint_seconds=0.0)),
         {name: [row.ids for row in items] for name, items in rows.items()},
     )
+    processes.same("scope, rows or settings", key)
     log = train(
         working,
         parameters,
