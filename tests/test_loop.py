@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -245,52 +241,6 @@ def test_schedules():
     assert [loop._factor(training, i, 6) for i in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert loop._factor(Training(schedule="cosine"), 5, 10) == pytest.approx(0.5)
     assert loop._factor(Training(), 9, 10) == 1.0
-
-
-WORKER = """
-import sys, json, torch
-sys.path.insert(0, "tests")
-import torch.distributed as dist
-torch.set_num_threads(1)
-from accelerate import PartialState
-state = PartialState(cpu=True)
-from test_loop import run
-from tiny import tiny
-from expunge.subjects.language import LanguageModel
-model, tokenizer = tiny("llama")
-subject = LanguageModel(model, tokenizer)
-working, log = run(subject, steps=4)
-if state.process_index == 0:
-    print(json.dumps({"loss": log.loss, "sum": [float(p.double().sum()) for p in working.model.parameters()]}))
-"""
-
-
-def test_one_and_two_processes_give_the_same_trajectory(subject):
-    working, log = run(subject, steps=4)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def start(rank):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        return subprocess.Popen(
-            [sys.executable, "-c", WORKER], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    workers = [start(0), start(1)]
-    outputs = [worker.communicate(timeout=120) for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), outputs[0][1][-2000:] + outputs[1][1][-2000:]
-    found = json.loads(outputs[0][0].strip().splitlines()[-1])
-    assert found["loss"] == pytest.approx(log.loss, abs=1e-5)
-    assert found["sum"] == pytest.approx([float(p.double().sum()) for p in working.model.parameters()], abs=1e-3)
 
 
 def test_negative_log_likelihood_counts_answer_tokens_only(subject):

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, line = _explain(error)
         if launched()[0]:
             # What all processes find is told by the first one, and the launcher ends the others meanwhile.
-            time.sleep(1)
+            time.sleep(5)
             print(f"process {launched()[0]}: {line}", file=sys.stderr, flush=True)
         remark(line)
         return code

@@ -28,5 +28,5 @@ def environment(device: str = "cpu", dtype: str = "torch.float32") -> dict[str, 
         "device": device,
         "dtype": dtype.removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        **({"processes": processes.count()} if processes.count() > 1 else {}),
+        **({"processes": processes.count(), "fsdp": processes.sharding()} if processes.count() > 1 else {}),
     }

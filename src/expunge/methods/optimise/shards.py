@@ -79,12 +79,22 @@ def _wrap(block: nn.Module, frozen: set[nn.Parameter], device: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    block.register_forward_hook(_own_memory)
     mesh = init_device_mesh(device, (processes.count(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     made = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=frozen)
     # A step's gradient is the sum over its rows, wherever they ran. Gloo knows no other reduction.
     made.set_gradient_divide_factor(1.0)
     made.set_force_sum_reduction_for_comms(True)
+
+
+def _own_memory(_: nn.Module, __: Any, output: Any) -> Any:
+    """A block's output as no view of anything: one that is written into would lose torch's hooks, and gradients."""
+    several = isinstance(output, tuple)
+    states = output[0] if several else output
+    if not states._is_view():
+        return None
+    return (states.clone(), *output[1:]) if several else states.clone()
 
 
 def _check(model: nn.Module, blocks: Sequence[str], moving: set[int]) -> None:
