@@ -127,6 +127,8 @@ def _explain(error: Exception) -> tuple[int, str]:
             "error E520: out of memory. `expunge plan REQUEST.yaml` shows what needs it; try a smaller scope or batch.",
         )
     text = " ".join(str(error).split())
+    if launched()[1] > 1 and ("closed by peer" in text or type(error).__name__.startswith("Dist")):
+        return MISTAKE, f"error {LaunchError.code}: another process of this launch has ended. The same command goes on."
     if "No space left on device" in text:  # safetensors has an exception of its own for it
         return MISTAKE, f"error {OutputError.code}: No space left on device. What is finished is kept."
     return BUG, f"error E999: {type(error).__name__}: {text}. This is a bug in expunge; --debug shows where."
