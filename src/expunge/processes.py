@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence, Sized
@@ -98,23 +99,19 @@ def _true(name: str) -> bool:
 
 
 def _joined() -> bool:
-    import torch
-
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    # Whoever has not imported torch has joined nobody.
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def count() -> int:
     """Processes that carry out this run."""
-    import torch
-
-    return torch.distributed.get_world_size() if _joined() else 1
+    return sys.modules["torch"].distributed.get_world_size() if _joined() else 1
 
 
 def rank() -> int:
     """This process's number, 0 for the first."""
-    import torch
-
-    return torch.distributed.get_rank() if _joined() else 0
+    return sys.modules["torch"].distributed.get_rank() if _joined() else 0
 
 
 def first() -> bool:
