@@ -42,9 +42,9 @@ class Candidate:
     address: Address
     z: float
     attribution: float
-    """NaN where activations were not asked for."""
+    """NaN where no prompts were given."""
     purity: float
-    """NaN where best tokens were not asked for."""
+    """NaN where k was not given."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def search(
     by: Criterion = "attribution",
     prompts: Sequence[str] = (),
     others: Sequence[str] = (),
-    k: int = 200,
+    k: int | None = None,
     norm: Norm = "none",
     matrices: Sequence[ValueMatrix] | None = None,
 ) -> Search:
@@ -108,19 +108,21 @@ def search(
 
     Args:
         tokens: of the concept, as `distinctive` finds them.
-        by: what to rank by. Purity needs the whole vocabulary, the others only the concept's tokens; attribution needs
-            a pass over the prompts.
-        prompts, others: texts at whose end the concept is asked for, and others.
-        k: best tokens of which purity is a share.
+        by: what to rank by.
+        prompts, others: texts at whose end the concept is asked for, and others; attribution needs a pass over them.
+        k: best tokens of which purity is a share; it needs products with the whole vocabulary.
         matrices: look only there.
 
     Raises:
+        ParameterError: what is ranked by was not asked for.
         SubjectError: attribution was asked for, and every MLP of the model is a stack of fused experts.
     """
+    if (by == "attribution" and not (prompts and others)) or (by == "purity" and k is None):
+        raise ParameterError(f"value vectors are to be ranked by {by}, which needs prompts and others, or k")
     matrices = value_matrices(subject.model) if matrices is None else list(matrices)
     every = sum(matrix.count for matrix in matrices)
     difference: list[Tensor] = []
-    if by == "attribution":
+    if prompts:
         matrices = [matrix for matrix in matrices if matrix.owner is not None]
         if not matrices:
             raise SubjectError(
@@ -134,7 +136,7 @@ def search(
         gap, deviation = _gap(readout, vectors(subject.model, matrix), wanted)
         effect = difference[number] * gap if difference else torch.full_like(gap, math.nan)
         pure = torch.full_like(gap, math.nan)
-        if by == "purity":
+        if k is not None:
             pure = purity(project(readout, vectors(subject.model, matrix), k).tokens, wanted)
         columns = zip((gap / deviation).tolist(), effect.tolist(), pure.tolist())
         found += [Candidate(matrix.address(dim), *values) for dim, values in enumerate(columns)]

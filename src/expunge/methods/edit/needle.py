@@ -182,9 +182,12 @@ def _tokens(case: EditCase) -> tuple[int, ...]:
 
 
 def _search(case: EditCase, tokens: Sequence[int], by: Criterion, matrices: Sequence[ValueMatrix]) -> Search:
-    asked, others = ([_asked(case.subject, row) for row in case.data[name]] for name in ("forget", "retain"))
-    size = min(200, len(case.subject.tokenizer) // 20)
-    return search(case.subject, tokens, by=by, prompts=asked, others=others, k=size, matrices=matrices)
+    prompts: dict[str, list[str]] = {}
+    if by == "attribution":
+        for name, rows in (("prompts", "forget"), ("others", "retain")):
+            prompts[name] = [_asked(case.subject, row) for row in case.data[rows]]
+    k = min(200, len(case.subject.tokenizer) // 20) if by == "purity" else None
+    return search(case.subject, tokens, by=by, k=k, matrices=matrices, **prompts)
 
 
 def _asked(subject: LanguageModel, row: Row) -> str:
