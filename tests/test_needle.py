@@ -173,7 +173,9 @@ def test_the_search_finds_a_planted_vector_by_every_criterion():
     for by in ("z", "purity"):
         found = search(model, [77], by=by, k=1)
         with pytest.raises(ParameterError, match="needs prompts"):
-            search(model, [77], by="purity" if by == "purity" else "attribution", prompts=asked if by == "purity" else ())
+            search(
+                model, [77], by="purity" if by == "purity" else "attribution", prompts=asked if by == "purity" else ()
+            )
         assert found.candidates[0].address == Address(2, 5)
         assert found.searched == 3 * 64
     mine, theirs = (activations(model, texts, [find(model.model, Address(2, 5))])[0] for texts in (asked, others))

@@ -182,12 +182,11 @@ def _tokens(case: EditCase) -> tuple[int, ...]:
 
 
 def _search(case: EditCase, tokens: Sequence[int], by: Criterion, matrices: Sequence[ValueMatrix]) -> Search:
-    prompts: dict[str, list[str]] = {}
+    asked, others = ([_asked(case.subject, row) for row in case.data[name]] for name in ("forget", "retain"))
     if by == "attribution":
-        for name, rows in (("prompts", "forget"), ("others", "retain")):
-            prompts[name] = [_asked(case.subject, row) for row in case.data[rows]]
-    k = min(200, len(case.subject.tokenizer) // 20) if by == "purity" else None
-    return search(case.subject, tokens, by=by, k=k, matrices=matrices, **prompts)
+        return search(case.subject, tokens, prompts=asked, others=others, matrices=matrices)
+    k = min(200, len(case.subject.tokenizer) // 20)
+    return search(case.subject, tokens, by=by, k=k if by == "purity" else None, matrices=matrices)
 
 
 def _asked(subject: LanguageModel, row: Row) -> str:
