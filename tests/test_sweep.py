@@ -104,6 +104,29 @@ def test_the_best_trial_follows_the_stated_rule() -> None:
     assert best(rows, "utility") == [rows[2], rows[3]]
 
 
+def test_the_leaderboard_shows_every_trial_and_which_one_was_chosen(tmp_path: Path) -> None:
+    def row(method: str, seed: int, gone: float, kept: float, **settings: float) -> dict:
+        return {
+            "request": "r", "method": method, "settings": settings, "scope": None, "seed": seed, "fields": {},
+            "benchmarks": [], "folder": "f", "verdict": "suppressed", "flags": [], "direct": 1 - gone,
+            "worst_probe": "relearn", "worst": 1 - gone, "stays_gone": gone, "utility": kept, "retain_change": 0.0,
+            "seconds": 1.0, "tokens": 5,
+        }  # fmt: skip
+
+    search = [row("npo", 0, 0.2, 0.9, beta=0.1), row("npo", 0, 0.8, 0.8, beta=0.5)]
+    search[1]["chosen"] = True
+    runs = [row("npo", seed, 0.7 + seed / 10, 0.8, beta=0.5) for seed in (0, 1)] + [row("idk", 0, 0.1, 0.95)]
+    path = leaderboard.write({"name": "s", "runs": runs, "search": search}, tmp_path, "balance")
+    page = path.read_text(encoding="utf-8")
+    assert page.count('title="chosen"') == 1
+    assert "npo beta=0.1" in page
+    assert "75% (70% to 80%)" not in page  # what comes back is shown, not what stays gone
+    assert "25% (20% to 30%)" in page
+    order = [line.name for line in leaderboard.lines(runs)]
+    assert order == ["npo", "idk"]
+    assert all(line.best for line in leaderboard.lines(runs))
+
+
 def test_a_range_is_even_on_its_scale() -> None:
     assert Range(low=1e-4, high=1e-2).at(0.5) == 1e-3
     assert Range(low=0, high=10, log=False).at(0.25) == 2.5
