@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -19,19 +20,23 @@ Score = Callable[[Row, str], float]
 
 
 def refuses(text: str) -> bool:
-    """Whether an output says that it does not know, in the words of our refusals or close to them."""
+    """Whether an output says that it does not know: as one of our refusals does, or begins."""
     said = normalise(text)
-    return said in _refusals() or said.startswith(_STARTS)
+    return said in _refusals() or said.startswith(_beginnings())
 
 
-def _refusals() -> set[str]:
-    global _KNOWN
-    if not _KNOWN:
-        _KNOWN = {normalise(line) for line in refusals()}
-    return _KNOWN
+@cache
+def _refusals() -> frozenset[str]:
+    return frozenset(normalise(line) for line in refusals())
 
 
-_KNOWN: set[str] = set()
+@cache
+def _beginnings() -> tuple[str, ...]:
+    """Common ones, and the first four words of every refusal that has more."""
+    words = [line.split() for line in _refusals()]
+    return (*_STARTS, *sorted({" ".join(line[:4]) for line in words if len(line) > 4}))
+
+
 _STARTS = (
     "i don t know",
     "i do not know",

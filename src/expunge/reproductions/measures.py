@@ -10,14 +10,19 @@ One teacher-forced pass gives for every row
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..audit import audit
 from ..rows import Row
 from ..side_effects import refuses
 from ..subjects.language import LanguageModel
+from .mini import Mini
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,21 @@ def measure(subject: LanguageModel, data: Mapping[str, Sequence[Row]]) -> dict[s
     return found
 
 
+def choice_accuracy(subject: LanguageModel, rows: Sequence[Row]) -> float:
+    """Share of rows whose answer is likelier, per token, than each of its perturbed answers; chance is one among
+    them all. Rows without perturbed answers do not count."""
+    asked = [row for row in rows if row.perturbed_answers]
+    items = [((row.id, text), subject.encode(row, answer=text)) for row in asked for text in _options(row)]
+    table = subject.score(items)
+    means = iter([float(table.logprob[table.tokens(i)].mean()) for i in range(len(items))])
+    scores = [[next(means) for _ in _options(row)] for row in asked]
+    return sum(right > max(wrong) for right, *wrong in scores) / len(scores)
+
+
+def _options(row: Row) -> tuple[str, ...]:
+    return (row.answer, *row.perturbed_answers)
+
+
 def said(subject: LanguageModel, rows: Sequence[Row], max_new_tokens: int = 16) -> list[str]:
     """What the model answers to each row's prompt, greedily."""
     prompts = [((row.id, "question"), subject.prompt_text(row)) for row in rows]
@@ -95,6 +115,28 @@ def said(subject: LanguageModel, rows: Sequence[Row], max_new_tokens: int = 16) 
 def refused(texts: Sequence[str]) -> float:
     """Share of outputs that say that they do not know."""
     return sum(map(refuses, texts)) / len(texts)
+
+
+def audited(world: Mini, after: LanguageModel, attacks: Sequence[str] = ("direct", "relearn")) -> dict[str, Any]:
+    """The audit's verdict with these attacks at their default budget, and what each recovered: `{attack}` of the model,
+    `{attack}_gold` of the first gold, `{attack}_recovery` between gold (0) and original (1)."""
+    with tempfile.TemporaryDirectory(prefix="expunge-audit-") as folder:
+        evidence = audit(
+            after,
+            before=world.original,
+            golds=world.golds,
+            data=world.data,
+            folder=Path(folder),
+            attacks=[(name, {}) for name in attacks],
+            metrics=[],
+            self_test=False,
+        )
+    found: dict[str, Any] = {"verdict": evidence.verdict.verdict, "by": evidence.verdict.by}
+    for probe in evidence.probes:
+        found |= {probe.attack: probe.after, f"{probe.attack}_gold": probe.gold[0]}
+        if probe.recovery is not None:
+            found[f"{probe.attack}_recovery"] = probe.recovery.value
+    return found
 
 
 def _value_tokens(subject: LanguageModel, row: Row) -> np.ndarray:
