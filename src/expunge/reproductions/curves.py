@@ -89,11 +89,9 @@ COLUMNS = {
 }
 
 
-def table(
-    rows: Sequence[Row], title: str, note: str = "", columns: Mapping[str, str] = COLUMNS, steps: Sequence[int] = ()
-) -> Table:
-    """Every run at its measuring points (those in `steps` where given), mean and range over seeds."""
-    points = list(dict.fromkeys((row["run"], row["step"]) for row in rows if not steps or row["step"] in steps))
+def table(rows: Sequence[Row], title: str, note: str = "", columns: Mapping[str, str] = COLUMNS) -> Table:
+    """Every run at its measuring points, mean and range over seeds."""
+    points = dict.fromkeys((row["run"], row["step"]) for row in rows)
     cells = [[run, step, *(str(spread(rows, name, run=run, step=step)) for name in columns)] for run, step in points]
     return Table(title, ["run", "steps", *columns.values()], cells, note)
 

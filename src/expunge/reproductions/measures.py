@@ -117,9 +117,13 @@ def refused(texts: Sequence[str]) -> float:
     return sum(map(refuses, texts)) / len(texts)
 
 
-def audited(world: Mini, after: LanguageModel, attacks: Sequence[str] = ("direct", "relearn")) -> dict[str, Any]:
-    """The audit's verdict with these attacks at their default budget, and what each recovered: `{attack}` of the model,
-    `{attack}_gold` of the first gold, `{attack}_recovery` between gold (0) and original (1)."""
+def audited(world: Mini, after: LanguageModel, **relearn: Any) -> dict[str, Any]:
+    """The audit's verdict when the model is asked directly and relearned, and what relearning recovers: `relearned` of
+    the model, `relearned_gold` of a gold model, `recovery` between gold (0) and original (1).
+
+    Args:
+        relearn: settings of the attack.
+    """
     with tempfile.TemporaryDirectory(prefix="expunge-audit-") as folder:
         evidence = audit(
             after,
@@ -127,16 +131,17 @@ def audited(world: Mini, after: LanguageModel, attacks: Sequence[str] = ("direct
             golds=world.golds,
             data=world.data,
             folder=Path(folder),
-            attacks=[(name, {}) for name in attacks],
+            attacks=[("direct", {}), ("relearn", relearn)],
             metrics=[],
             self_test=False,
         )
-    found: dict[str, Any] = {"verdict": evidence.verdict.verdict, "by": evidence.verdict.by}
-    for probe in evidence.probes:
-        found |= {probe.attack: probe.after, f"{probe.attack}_gold": probe.gold[0]}
-        if probe.recovery is not None:
-            found[f"{probe.attack}_recovery"] = probe.recovery.value
-    return found
+    probe = evidence.probes[1]
+    return {
+        "verdict": evidence.verdict.verdict,
+        "relearned": probe.after,
+        "relearned_gold": probe.gold[0],
+        "recovery": probe.recovery.value if probe.recovery else float("nan"),
+    }
 
 
 def _value_tokens(subject: LanguageModel, row: Row) -> np.ndarray:

@@ -21,6 +21,7 @@ DUAL = {"bound": 0.05, "multiplier": 1.0, "rate": 5.0, "warmup": 3.0, "forget_we
 start model's retain NLL."""
 LONG = 32
 """Tokens of an answer that may be a refusal."""
+WAY = {name: COLUMNS[name] for name in ("forget_accuracy", "retain_accuracy", "forget_nll", "retain_nll")}
 GENTLE = ("simnpo", "ihl", "wga", "ceu")
 
 
@@ -32,9 +33,13 @@ def trial(
     steps: int = 0,
     learning_rate: float = 5e-4,
     at: Sequence[int] = (),
+    relearn: int = 32,
     world: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A curve; the methods `original` and `gold` are measured as they are."""
+    """A curve; the model that idk leaves is audited too, with so many steps of relearning.
+
+    `original` and `gold` are no methods: these models are measured as they are.
+    """
     made = mini(seed, world)
     if method in ("original", "gold"):
         model = made.original if method == "original" else made.golds[0]
@@ -48,7 +53,7 @@ def trial(
     if method == "idk":
         asked = [row for row in made.data["forget"] if row.kind == "qa"]
         after = outcome.delta.apply(made.original)
-        found |= {"refused": refused(said(after, asked, LONG)), **audited(made, after)}
+        found |= {"refused": refused(said(after, asked, LONG)), **audited(made, after, steps=relearn)}
     return found
 
 
@@ -117,13 +122,14 @@ def npo(
         "npo in lora(r=4)": one("npo", "lora(r=4)", 2, 4, beta=0.1),
     }
     rows = gather(case, trial, runs)
-    anchors = [row for row in rows if row["run"] in ("original", "gold")]
+    anchors, curves = ([row for row in rows if (row["step"] == 0) == anchor] for anchor in (True, False))
     known = {**COLUMNS, "holdout_nll": "holdout NLL", "holdout_value": "holdout value, nats"}
     return Findings(
         claims=judge(rows, steps, scaled),
         tables=[
             table(anchors, "Anchors", MEANING, known),
-            table([row for row in rows if row not in anchors], "Curves"),
+            table([row for row in curves if row["step"] >= steps], "After training"),
+            table(curves, "On the way", columns=WAY),
         ],
         notes=NOTES,
     )
@@ -290,7 +296,7 @@ def _suppressed(rows: Sequence[Row]) -> Claim:
         "Fine-tuning on refusals suppresses, it does not remove",
         "-",
         "the audit (direct, relearn) says suppressed for every seed",
-        ", ".join(verdicts) + f"; relearning recovers {spread(list(found), 'relearn_recovery')} (gold 0, original 1)",
+        ", ".join(verdicts) + f"; relearning recovers {spread(list(found), 'recovery')} (gold 0, original 1)",
         all(verdict == "suppressed" for verdict in verdicts),
     )
 
