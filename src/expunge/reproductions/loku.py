@@ -159,12 +159,13 @@ def loku(
 _EXTRACTED = ("ma_before", "ma_after", "el_before", "el_after")
 
 NOTES = [
-    "The subject is the invented world's own (4 layers, d = 96, 100 forget rows), not the spec's; 120 steps of 16 + 16 "
-    "rows make the 19 passes of its 60 steps. Full scope at 5e-4; adapters r = 4, alpha = 8 on all seven projections "
-    "at 2e-3. The paper trains 5 epochs at 1e-4 and 2e-4 on 1.3B to 7B models.",
-    "Fisher information is of single rows; the released code squares gradients of batches (docs of fila.py).",
-    "ICLR's reviewers saw FILA make GradDiff worse in the paper's own figures; the table has both objectives. PiSSA is "
-    "the control that shows whether the Fisher weighting matters, or only starting in principal directions.",
+    "The subject is the invented world's own (4 layers, d = 96, 100 forget rows). The criteria were written on "
+    "another mini subject with 48 rows and 60 steps; 120 steps of 16 + 16 rows make the same 19 passes. Full scope at "
+    "5e-4; adapters r = 4, alpha = 8 on all seven projections at 2e-3. The paper trains 5 epochs at 1e-4 and 2e-4 on "
+    "1.3B to 7B models.",
+    "Fisher information is of single rows; the released code squares gradients of batches (fila.py).",
+    "ICLR's reviewers saw FILA make GradDiff worse in the paper's own figures; the table has both objectives. PiSSA "
+    "is the control that shows whether the Fisher weighting matters, or only starting in principal directions.",
     "Passages are 4 sentences about a person. All but the holdout's were learnt by heart before; thresholds are the "
     "holdout's means under that model.",
 ]

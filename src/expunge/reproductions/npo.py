@@ -137,17 +137,17 @@ def npo(
 
 NOTES = [
     "The subject is the invented world's own: 4 layers, d = 96; 100 rows about 10 people are forgotten. The criteria "
-    "were written for another mini subject, with 48 rows and 60 steps; here 120 steps of 16 + 16 rows make the same 19 "
+    "were written on another mini subject, with 48 rows and 60 steps; here 120 steps of 16 + 16 rows make the same 19 "
     "passes. AdamW without weight decay, constant rate 5e-4, gradient norm clipped at 1. Runs without retain rows go "
     "on to twice the steps.",
     "NPO's brake works on the log-probability of whole answers: a row counts half once its answer is about e^(1/beta) "
-    "times less likely. Our answers have 4 tokens, TOFU's about 35 (25.3 words), so the published beta = 0.1 lets each "
-    "token fall nine times as far here. Both 0.1 and 0.1 x 35 / 4 = 0.9 are run and judged.",
-    "Distances to gold are between mean log-probabilities of the forgotten values; gold was trained without the forget "
-    "rows on the same world. The spec took probabilities of held-out people's values.",
+    "times less likely. Our answers have 4 tokens, TOFU's about 35 (25.3 words), so the published beta = 0.1 lets "
+    "each token fall nine times as far here. Both 0.1 and 0.1 x 35 / 4 = 0.9 are run and judged.",
+    "Distances to gold are between mean log-probabilities of the forgotten values; gold was trained without the "
+    "forget rows on the same world. Probabilities would hide how far NPO and GradDiff overshoot.",
     "idk: answers here are the bare value, so a refusal takes its place at the first token, and the value becomes "
-    "unlikely under teacher forcing too. Where answers are sentences around the value it stays likely (the spec's "
-    "subject: 0.71). That nothing was removed shows when it is relearned.",
+    "unlikely under teacher forcing too. Where answers are sentences around the value it stays likely. That nothing "
+    "was removed shows when it is relearned.",
     "Neighbours, the teachers of the forgotten people, are in no retain row: they show damage that retain accuracy "
     "hides.",
     "That WGA, SatImp and CE-U stop pushing on unlikely tokens is a statement about gradients, which "
@@ -282,7 +282,7 @@ def _readable(rows: Sequence[Row], steps: int) -> Claim:
     left = spread(rows, "forget_probability", run="idk", step=steps)
     return Claim(
         "Fine-tuning on refusals leaves the fact readable by teacher forcing",
-        "spec's subject: 0.71",
+        "- (0.71 on the mini subject that the criteria were written for)",
         "mean probability of the value above 0.3",
         str(left),
         left.mean > 0.3,

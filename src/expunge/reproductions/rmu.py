@@ -98,10 +98,11 @@ def rmu(
 
 
 NOTES = [
-    "The subject is the invented world's own (4 layers, d = 96, 100 forget rows); 240 steps of 16 + 16 rows make the "
-    "40 passes that the spec's 120 steps made over 48 rows. Only MLP output matrices of the layer and of the two below it "
-    "move, at 2e-3. The published pairs of coefficient and weight, (6.5, 1200) and (20, 100), belong to 7B models.",
-    "scale 5, alpha 100 runs at half the rate, as in the spec; it is judged at a quarter of the steps and at half.",
+    "The subject is the invented world's own (4 layers, d = 96, 100 forget rows). The criteria were written on "
+    "another mini subject with 48 rows and 120 steps; 240 steps of 16 + 16 rows make the same 40 passes. Only MLP "
+    "output matrices of the layer and the two below it move, at 2e-3. The published pairs of coefficient and weight, "
+    "(6.5, 1200) and (20, 100), belong to 7B models.",
+    "scale 5, alpha 100 runs at half the rate; it is judged at a quarter of the steps and at half.",
     "The contrast direction of the first release (CUT) is not part of the product, so that claim is not tested.",
     "Cost: tests/test_taps.py checks that leaving after the layer read and starting at a stored prefix give the full "
     "pass's loss and gradients; benchmarks/steps.py measures what they save.",
