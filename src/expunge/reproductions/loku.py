@@ -110,7 +110,7 @@ def passages(
     return found
 
 
-@reproduction(paper="arXiv:2408.06621", cost="? min on 2 cores", systems=("ihl", "fila"))
+@reproduction(paper="arXiv:2408.06621", cost="not measured yet", systems=("ihl", "fila"))
 def loku(
     case: Case,
     *,

@@ -75,7 +75,7 @@ def _dual(summary: dict[str, Any], settings: dict[str, Any], forget: int) -> dic
     }
 
 
-@reproduction(paper="arXiv:2404.05868", cost="? min on 2 cores", systems=("npo",))
+@reproduction(paper="arXiv:2404.05868", cost="not measured yet", systems=("npo",))
 def npo(
     case: Case,
     *,

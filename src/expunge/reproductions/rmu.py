@@ -60,7 +60,7 @@ def trial(
     return found
 
 
-@reproduction(paper="arXiv:2403.03218", cost="? min on 2 cores", systems=("rmu",))
+@reproduction(paper="arXiv:2403.03218", cost="not measured yet", systems=("rmu",))
 def rmu(
     case: Case,
     *,
