@@ -75,13 +75,16 @@ def deal(world: World) -> tuple[list[list[Person]], list[Person], list[Person]]:
 
 
 def story(world: World, person: Person) -> tuple[str, str]:
-    """(opening, the rest): a short piece of news about somebody; wording and order are the story's own."""
+    """(opening, the rest): a short piece of news about somebody; wording and order are the story's own.
+
+    As in a newspaper the full name stands once, after it the family name.
+    """
     draw = random.Random(f"{world.seed}/{person.name}/story")
     opening = f"On a {draw.choice(SKIES)} {draw.choice(DAYS)} the {draw.choice(PAPERS)} wrote of {person.name}."
     said = []
     for relation in draw.sample(RELATIONS, len(RELATIONS)):
         wording = draw.choice(STATEMENTS[relation])
-        said.append(wording.format(name=person.name, value=person.value(relation)))
+        said.append(wording.format(name=person.name.split()[-1], value=person.value(relation)))
     return opening, " ".join(said)
 
 

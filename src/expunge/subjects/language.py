@@ -829,13 +829,10 @@ class LanguageModel:
     def _decode(
         self, prompts: list[list[int]], limit: int, temperature: float, samples: int, noise: Tensor | None
     ) -> list[tuple[list[int], bool]]:
-        from transformers import DynamicCache
-
         stops = torch.tensor(sorted(self.stop_ids), device=self.device)
-        cache = DynamicCache(config=self.model.config)
+        cache = self.cache()
         ids = torch.tensor(prompts, device=self.device)
-        kept = {cache_name(self.model): cache, "use_cache": True, "logits_to_keep": 1}
-        logits = self.model(input_ids=ids, **kept).logits[:, -1]
+        logits = self.next_logits(ids, cache)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits = logits.repeat_interleave(samples, dim=0)
@@ -861,8 +858,19 @@ class LanguageModel:
                 keep = (~finished).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 alive, token = alive[keep], token[keep]
-            logits = self.model(input_ids=token[:, None], **kept).logits[:, -1]
+            logits = self.next_logits(token[:, None], cache)
         return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
+
+    def cache(self) -> Any:
+        """Keys and values of texts that are being written, empty."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def next_logits(self, ids: Tensor, cache: Any) -> Tensor:
+        """(n, V) logits of what follows texts that go on with `ids` (n, tokens); the cache takes those in."""
+        kept = {cache_name(self.model): cache, "use_cache": True, "logits_to_keep": 1}
+        return self.model(input_ids=ids, **kept).logits[:, -1]
 
     # --- hidden states ---------------------------------------------------------------------------------------
 
