@@ -9,6 +9,7 @@ from tiny import ARCHITECTURES, tiny
 
 from expunge.errors import RowError, SubjectError
 from expunge.rows import Row
+from expunge.subjects import contexts, decoding
 from expunge.subjects.language import LanguageModel, Template, weights_fingerprint
 from expunge.subjects.packed import batches, pack
 from expunge.tables.scores import Scores
@@ -288,3 +289,64 @@ def test_models_that_cannot_be_used_are_refused(tmp_path):
         LanguageModel.load(tmp_path / "fine", dtype="float3")
     with pytest.raises(SubjectError, match="device"):
         LanguageModel.load(tmp_path / "fine", device="cuda:7")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def continued(subject, **options):
+    """Prompts of several lengths, some of which share a beginning."""
+    texts = [subject.prompt_text(row) for row in rows()[1:]] + ["Tivin", "Ilva Morrow was born in the north of"]
+    return texts, subject.generate([((str(i), "q"), text) for i, text in enumerate(texts)], **options)
+
+
+def test_what_is_written_does_not_depend_on_the_batch(subject, monkeypatch):
+    texts, together = continued(subject, max_new_tokens=9)
+    for text, output in zip(texts, together.texts):
+        assert subject.generate([(("0", "q"), text)], max_new_tokens=9).texts == [output]
+    monkeypatch.setattr(decoding, "DONE", 1)
+    monkeypatch.setattr(contexts, "SPARE", 1)
+    assert continued(subject, max_new_tokens=9)[1].texts == together.texts
+    monkeypatch.setattr(decoding, "CACHE_BYTES", 1)
+    assert continued(subject, max_new_tokens=9)[1].texts == together.texts
+    monkeypatch.setattr(decoding, "can_cut", lambda *_: False)
+    assert continued(subject, max_new_tokens=9)[1].texts == together.texts
+
+
+def test_samples_of_prompts_of_several_lengths_are_those_of_each_alone():
+    subject = LanguageModel(*tiny("llama"))
+    options = {"max_new_tokens": 6, "temperature": 1.0, "samples": 3, "seed": 3}
+    texts, together = continued(subject, **options)
+    for text, outputs in zip(texts, together.texts):
+        assert subject.generate([(("0", "q"), text)], **options).texts == [outputs]
+
+
+def test_rows_that_are_done_leave_and_the_others_go_on():
+    subject = LanguageModel(*tiny("llama"))
+    _, whole = continued(subject, max_new_tokens=30)
+    written = [subject.tokenizer(texts_[0])["input_ids"] for texts_ in whole.texts]
+    # A token that some outputs contain and others do not becomes the end.
+    stop = next(t for t in written[0][1:] if any(t not in ids for ids in written[1:]))
+    subject.__dict__["stop_ids"] = frozenset({stop})
+    _, cut = continued(subject, max_new_tokens=30)
+    for before, after, (ended,) in zip(whole.texts, cut.texts, cut.stopped):
+        assert before[0].startswith(after[0])
+        assert ended or len(after[0]) == len(before[0])
+    assert {ended for (ended,) in cut.stopped} == {True, False}
+
+
+def test_groups_hold_every_prompt_once_and_are_shared_out():
+    subject = LanguageModel(*tiny("llama"))
+    prompts = [[1] * n for n in (5, 2, 9, 5, 7)]
+    assert decoding.groups(subject, prompts, 4, 1) == [[1, 0, 3, 4, 2]]
+    shared = decoding.groups(subject, prompts, 4, 1, shares=2)
+    assert [len(group) for group in shared] == [3, 2]
+    assert decoding.groups(subject, [], 4, 1) == []
+
+
+def test_more_prompts_than_the_cache_holds_are_decoded_in_turn(monkeypatch):
+    subject = LanguageModel(*tiny("llama"))
+    room = 3 * 12 * decoding._token_bytes(subject)
+    monkeypatch.setattr(decoding, "CACHE_BYTES", room)
+    assert [len(g) for g in decoding.groups(subject, [[1] * 8] * 7, 4, 1)] == [3, 3, 1]
+    assert [len(g) for g in decoding.groups(subject, [[1] * 8] * 7, 4, 3)] == [1] * 7

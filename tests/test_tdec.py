@@ -17,7 +17,7 @@ from expunge.benchmarks import tdec
 from expunge.errors import ParameterError, RowError
 from expunge.metrics.exact_memorization import exact_memorization
 from expunge.rows import Row
-from expunge.subjects import greedy
+from expunge.subjects import contexts, greedy
 from expunge.subjects.language import LanguageModel
 from expunge.tables.passes import Score, run
 from expunge.tables.view import View
@@ -97,9 +97,9 @@ def test_a_cut_text_is_the_text_of_its_first_tokens(trained, written):
 def test_every_continuation_equals_a_separate_one(architecture, cut, monkeypatch):
     subject = LanguageModel(*tiny(architecture))
     if cut:
-        assert greedy._can_cut(subject, 24)
+        assert contexts.can_cut(subject, 24)
     else:
-        monkeypatch.setattr(greedy, "_can_cut", lambda *_: False)
+        monkeypatch.setattr(greedy, "can_cut", lambda *_: False)
     generator = torch.Generator().manual_seed(3)
     texts = [tuple(torch.randint(3, 300, (count,), generator=generator).tolist()) for count in (9, 24, 13, 24)]
     # The first half of one text is the model's own, so that it has hits.

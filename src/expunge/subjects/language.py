@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
+
+if TYPE_CHECKING:
+    from .decoding import Started
 
 Progress = Callable[[int, int], None]
 
@@ -134,6 +137,8 @@ class LanguageModel:
         """Weights lie in parts over the processes of a launch (FSDP): every process must run every pass."""
         self._mode: str | None = None
         self._can_enter: bool | None = None
+        self.cuts: dict[int, bool] = {}
+        """What `contexts.can_cut` found, by length."""
         self._parts: list[BlockParts] | None = None
 
     # --- loading, saving, identity ---------------------------------------------------------------------------
@@ -219,6 +224,7 @@ class LanguageModel:
         """The same subject around other weights."""
         made = LanguageModel(model, self.tokenizer, name or self.name, self.template)
         made._mode, made._can_enter, made._parts = self._mode, self._can_enter, self._parts
+        made.cuts = self.cuts
         return made
 
     def copy(self) -> LanguageModel:
@@ -653,10 +659,17 @@ class LanguageModel:
         else:
             yield
 
-    def run_decoder(self, pack_: Pack) -> Tensor:
-        """(tokens, d) states of every packed token, inside `packing`."""
+    def run_decoder(self, pack_: Pack, cache: Any = None) -> Tensor:
+        """(tokens, d) states of every packed token, inside `packing`; an empty cache is filled with keys and values."""
         mask = pack_.dense_mask(self.dtype) if self._mode == "mask" else None
-        output = self.decoder(input_ids=pack_.ids, position_ids=pack_.positions, attention_mask=mask, use_cache=False)
+        kept = {cache_name(self.decoder): cache} if cache is not None else {}
+        output = self.decoder(
+            input_ids=pack_.ids,
+            position_ids=pack_.positions,
+            attention_mask=mask,
+            use_cache=cache is not None,
+            **kept,
+        )
         return output.last_hidden_state[0]
 
     def _row_states(self, row: Encoded) -> Tensor:
@@ -775,8 +788,8 @@ class LanguageModel:
     ) -> Generations:
         """Continue each prompt (text as `prompt_text` gives it), greedily at temperature 0.
 
-        Prompts of one length decode together, samples of one prompt share its cache, finished rows leave at once. What
-        is sampled depends on seed and prompt alone, not on the batch.
+        Prompts of all lengths decode together (subjects/decoding.py), samples of one prompt share its reading. What is
+        sampled depends on seed and prompt alone, not on the batch.
         """
         tokens = [self.prompt_ids(text, key) for key, text in prompts]
         for ids, (key, _) in zip(tokens, prompts):
@@ -785,20 +798,16 @@ class LanguageModel:
                     f"row {key[0]} ({key[1]}): prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
                     f"the model's context of {self.context_length}"
                 )
-        by_length: dict[int, list[int]] = {}
-        for index, ids in enumerate(tokens):
-            by_length.setdefault(len(ids), []).append(index)
-        groups: list[list[int]] = []
-        for length in sorted(by_length):
-            step = max(1, TOKEN_BUDGET * 4 // (length + max_new_tokens) // samples)
-            members = by_length[length]
-            groups += [members[first : first + step] for first in range(0, len(members), step)]
+        from .decoding import decode, groups
+
+        shares = 1 if self.sharded else processes.count()
 
         def write(group: Sequence[int]) -> list[tuple[list[str], list[bool]]]:
             noise = None
             if temperature > 0:
                 noise = torch.stack([_noise(seed, prompts[i][1], samples, max_new_tokens) for i in group])
-            rows = self._decode([tokens[i] for i in group], max_new_tokens, temperature, samples, noise)
+            mine = [tokens[i] for i in group]
+            rows = decode(self, mine, max_new_tokens, samples=samples, temperature=temperature, noise=noise)
             found = []
             for place in range(len(group)):
                 outputs = rows[place * samples : (place + 1) * samples]
@@ -806,8 +815,9 @@ class LanguageModel:
                 found.append(([text.strip() for text in decoded], [ended for _, ended in outputs]))
             return found
 
+        together = groups(self, tokens, max_new_tokens, samples, shares)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples, "seed": seed}
-        answers = in_order(groups, self.share(groups, write, of=[tokens, settings], progress=progress))
+        answers = in_order(together, self.share(together, write, of=[tokens, settings], progress=progress))
         return Generations(
             [key for key, _ in prompts],
             [text for _, text in prompts],
@@ -826,51 +836,11 @@ class LanguageModel:
             raise RowError(f"row {key[0]} ({key[1]}): the prompt is empty, there is nothing to continue")
         return ids
 
-    def _decode(
-        self, prompts: list[list[int]], limit: int, temperature: float, samples: int, noise: Tensor | None
-    ) -> list[tuple[list[int], bool]]:
-        stops = torch.tensor(sorted(self.stop_ids), device=self.device)
-        cache = self.cache()
-        ids = torch.tensor(prompts, device=self.device)
-        logits = self.next_logits(ids, cache)
-        if samples > 1:
-            cache.batch_repeat_interleave(samples)
-            logits = logits.repeat_interleave(samples, dim=0)
-        count = len(prompts) * samples
-        alive = torch.arange(count, device=self.device)
-        written = torch.full((count, limit), -1, dtype=torch.long, device=self.device)
-        ended = torch.zeros(count, dtype=torch.bool, device=self.device)
-        if noise is not None:
-            noise = noise.reshape(count, limit).to(self.device)
-        for step in range(limit):
-            if noise is None:
-                token = logits.argmax(-1)
-            else:
-                cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
-                threshold = noise[alive, step][:, None] * cumulative[:, -1:]
-                token = torch.searchsorted(cumulative, threshold).clamp_max(logits.shape[-1] - 1)[:, 0]
-            finished = torch.isin(token, stops)
-            written[alive, step] = token.masked_fill(finished, -1)
-            ended[alive[finished]] = True
-            if step + 1 == limit or finished.all():
-                break
-            if finished.any():
-                keep = (~finished).nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                alive, token = alive[keep], token[keep]
-            logits = self.next_logits(token[:, None], cache)
-        return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, samples: int = 1) -> Started:
+        """Prompts that were read, each `samples` times, ready to be continued by up to `limit` tokens."""
+        from .decoding import start
 
-    def cache(self) -> Any:
-        """Keys and values of texts that are being written, empty."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
-
-    def next_logits(self, ids: Tensor, cache: Any) -> Tensor:
-        """(n, V) logits of what follows texts that go on with `ids` (n, tokens); the cache takes those in."""
-        kept = {cache_name(self.model): cache, "use_cache": True, "logits_to_keep": 1}
-        return self.model(input_ids=ids, **kept).logits[:, -1]
+        return start(self, prompts, limit, samples)
 
     # --- hidden states ---------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from ...deltas import Delta
 from ...errors import RequestError
 from ...registry import guard
+from ...subjects.decoding import Started
 from ...subjects.language import LanguageModel
 from ...subjects.packed import Pack
 from ...tables.generations import Generations
@@ -24,19 +25,20 @@ from ..optimise.unlearn import unlearn
 from .case import GuardCase
 
 
-@dataclass(frozen=True)
-class _Caches:
-    """Each model has its own."""
+class _Both:
+    """Prompts that two models have read and go on with."""
 
-    both: tuple[Any, Any]
+    def __init__(self, pair: _Pair, started: Sequence[Started]) -> None:
+        self.pair = pair
+        self.started = started
+        self.logits = pair.lowered(*(one.logits for one in started))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        for cache in self.both:
-            cache.batch_repeat_interleave(repeats)
+    def keep(self, rows: Tensor) -> None:
+        for one in self.started:
+            one.keep(rows)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        for cache in self.both:
-            cache.batch_select_indices(indices)
+    def follow(self, tokens: Tensor) -> Tensor:
+        return self.pair.lowered(*(one.follow(tokens) for one in self.started))
 
 
 class _Pair(LanguageModel):
@@ -54,11 +56,8 @@ class _Pair(LanguageModel):
     def head(self, hidden: Tensor) -> Tensor:
         return self.lowered(*(one.head(part) for one, part in zip(self.pair, hidden.chunk(2, dim=1))))
 
-    def cache(self) -> _Caches:
-        return _Caches((self.pair[0].cache(), self.pair[1].cache()))
-
-    def next_logits(self, ids: Tensor, cache: _Caches) -> Tensor:
-        return self.lowered(*(one.next_logits(ids, kept) for one, kept in zip(self.pair, cache.both)))
+    def start(self, prompts: Sequence[Sequence[int]], limit: int, samples: int = 1) -> Any:
+        return _Both(self, [one.start(prompts, limit, samples) for one in self.pair])
 
     def lowered(self, z: Tensor, reinforced: Tensor) -> Tensor:
         """z - alpha relu(z_reinforced - z), (n, V) in fp32."""

@@ -1,0 +1,206 @@
+"""Contexts: what a model has read of many texts, and room to go on from any place of each.
+
+One packed pass reads texts (no padding, common beginnings once) and keeps every block's keys and values. Beginnings of
+any lengths are cut from them so that all end in one column, and go on together, one token a step, in a buffer that
+grows by doubling. Models whose keys and values cannot be cut, or whose positions cannot be given, read beginnings of
+one length at a time (`Whole`); which it is, is tried once (`can_cut`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .language import TOKEN_BUDGET, LanguageModel, cache_name
+from .packed import Encoded, batches, pack
+
+Text = Sequence[int]
+Layers = list[tuple[Tensor, Tensor]]
+"""Keys and values (heads, tokens, width) of every block."""
+SPARE = 32
+"""Columns that a buffer has to spare when it is made."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Texts that were read."""
+
+    states: Tensor
+    """(tokens, d) final hidden states."""
+    layers: Layers
+    places: list[Tensor]
+    """Per text the places (T,) of its tokens among `tokens`."""
+
+
+@torch.no_grad()
+def read(subject: LanguageModel, texts: Sequence[Text], *, keep: bool = True) -> Read:
+    """Read texts whole.
+
+    Args:
+        keep: keep keys and values too.
+    """
+    if subject.mode == "rows":
+        return _read_padded(subject, texts, keep)
+    # The last token of a row is not fed, so that a text is the prompt of a row with one token more.
+    rows = [Encoded((*text, 0), len(text), 0, "") for text in texts]
+    places: list[Tensor] = [torch.empty(0)] * len(texts)
+    states, parts = [], []
+    before = 0
+    for group in batches(rows, TOKEN_BUDGET):
+        pack_ = pack([rows[i] for i in group], subject.device)
+        # Without the configuration, sliding windows keep all tokens too: beginnings are cut from them later.
+        cache = DynamicCache() if keep else None
+        with subject.packing(pack_):
+            states.append(subject.run_decoder(pack_, cache))
+        parts.append([(layer.keys[0], layer.values[0]) for layer in cache.layers] if cache else [])
+        for index, at in zip(group, pack_.every.split([len(texts[i]) for i in group])):
+            places[index] = at + before
+        before += pack_.tokens
+    layers = [
+        (torch.cat([keys for keys, _ in of], dim=1), torch.cat([values for _, values in of], dim=1))
+        for of in zip(*parts)
+    ]
+    return Read(torch.cat(states), layers, places)
+
+
+def _read_padded(subject: LanguageModel, texts: Sequence[Text], keep: bool) -> Read:
+    width = max(map(len, texts))
+    # Nothing looks ahead, so what fills the end of shorter texts changes nothing before it.
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=subject.device)
+    cache = DynamicCache() if keep else None
+    named = {cache_name(subject.decoder): cache, "use_cache": keep}
+    states = subject.decoder(input_ids=ids, **named).last_hidden_state.flatten(0, 1)
+    layers = [
+        tuple(part.transpose(0, 1).flatten(1, 2) for part in (layer.keys, layer.values))
+        for layer in (cache.layers if cache else ())
+    ]
+    places = [torch.arange(len(text), device=subject.device) + i * width for i, text in enumerate(texts)]
+    return Read(states, layers, places)  # type: ignore[arg-type]
+
+
+class Room(DynamicLayer):
+    """Keys and values of a batch with room for more: growing by concatenation would copy all of them at every token."""
+
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor) -> None:
+        """Contexts (rows, columns) of places among the tokens of keys and values (heads, tokens, width)."""
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.used = index.shape[1]
+        self.whole = []
+        for part in (keys, values):
+            room = part.new_empty(len(index), len(part), self.used + SPARE, part.shape[2])
+            room[:, :, : self.used] = part[:, index].transpose(0, 1)
+            self.whole.append(room)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (part[:, :, : self.used] for part in self.whole)
+
+    def keep(self, rows: Tensor | slice, unused: int) -> None:
+        """Keep these rows, without the first `unused` columns; a slice copies nothing."""
+        self.used -= unused
+        self.whole = [part[rows, :, unused:] for part in self.whole]
+        self._show()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Take in the next tokens (rows, heads, n, width); returns all keys and values."""
+        first, self.used = self.used, self.used + key_states.shape[2]
+        if self.used > self.whole[0].shape[2]:
+            for i, part in enumerate(self.whole):
+                many, heads, width = len(part), part.shape[1], part.shape[3]
+                self.whole[i] = part.new_empty(many, heads, self.used + max(first, SPARE), width)
+                self.whole[i][:, :, :first] = part[:, :, :first]
+        for part, new in zip(self.whole, (key_states, value_states)):
+            part[:, :, first : self.used] = new
+        self._show()
+        return self.keys, self.values
+
+
+class Contexts:
+    """Beginnings of different lengths that end in one column, and go on together."""
+
+    def __init__(self, layers: Layers, places: Sequence[Tensor]) -> None:
+        """
+        Args:
+            places: of each beginning's tokens among those of `layers`.
+        """
+        device = layers[0][0].device
+        self.lengths = torch.tensor([len(at) for at in places], device=device)
+        width = int(self.lengths.max())
+        column = torch.arange(width, device=device) - width + self.lengths[:, None]
+        self.seen = (column >= 0).long()
+        index = torch.zeros(len(places), width, dtype=torch.long, device=device)
+        index[self.seen.bool()] = torch.cat(list(places))
+        self.cache = DynamicCache()
+        self.cache.layers = [Room(*pair, index) for pair in layers]
+
+    def keep(self, rows: Tensor | slice) -> None:
+        """Drop all other rows, and the columns that none of these uses."""
+        self.lengths = self.lengths[rows]
+        unused = self.seen.shape[1] - int(self.lengths.max())
+        self.seen = self.seen[rows, unused:]
+        for layer in self.cache.layers:
+            layer.keep(rows, unused)
+
+    def feed(self, module: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        """What the module says of the next token (rows, 1), which is read from now on."""
+        self.seen = torch.cat([self.seen, torch.ones_like(tokens)], dim=1)
+        if "position_ids" in inspect.signature(module.forward).parameters:
+            more["position_ids"] = self.lengths[:, None]
+        self.lengths = self.lengths + 1
+        more |= {"attention_mask": self.seen, cache_name(module): self.cache}
+        return module(input_ids=tokens, use_cache=True, **more)
+
+
+class Whole:
+    """Nothing read yet: beginnings of one length are fed whole, which every model can do."""
+
+    def __init__(self, subject: LanguageModel) -> None:
+        self.cache = DynamicCache(config=subject.model.config)
+
+    def keep(self, rows: Tensor | slice) -> None:
+        """Drop all other rows."""
+        index = torch.arange(rows.stop) if isinstance(rows, slice) else rows
+        self.cache.batch_select_indices(index)
+
+    def feed(self, module: nn.Module, tokens: Tensor, **more: Any) -> Any:
+        """What the module says of the next tokens (rows, n), which are read from now on."""
+        return module(input_ids=tokens, use_cache=True, **{cache_name(module): self.cache}, **more)
+
+
+def can_cut(subject: LanguageModel, length: int) -> bool:
+    """Whether tokens that follow cut beginnings have the states they have in the whole text, in texts of this length.
+
+    Tried once for every power of two: a window of attention shows only in texts that are longer.
+    """
+    length = 1 << max(length - 1, 15).bit_length()
+    length = min(length, subject.context_length)
+    if length not in subject.cuts:
+        subject.cuts[length] = _try(subject, length)
+    return subject.cuts[length]
+
+
+@torch.no_grad()
+def _try(subject: LanguageModel, length: int) -> bool:
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(0, subject.vocabulary, (length,), generator=generator).tolist()
+    starts = [length // 3, length - 3]
+    try:
+        found = read(subject, [text[:at] for at in starts])
+        contexts = Contexts(found.layers, found.places)
+        for step in range(2):
+            tokens = torch.tensor([[text[at + step]] for at in starts], device=subject.device)
+            states = contexts.feed(subject.decoder, tokens).last_hidden_state[:, -1]
+    except Exception:  # any failure means that this model's keys and values cannot be cut
+        return False
+    ids = torch.tensor([text], device=subject.device)
+    plain = subject.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    tolerance = 1e-4 if subject.dtype == torch.float32 else 5e-2
+    wanted = plain[[at + 1 for at in starts]]
+    return bool((states - wanted).abs().max() <= tolerance * plain.abs().max())

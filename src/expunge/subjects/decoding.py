@@ -1,0 +1,154 @@
+"""Writing: prompts are continued together, whatever their lengths, and leave when they are done.
+
+Prompts are read in packed passes, cut so that they end in one column (subjects/contexts.py), and decoded in as few and
+large batches as `cache_bytes` allows: the number of steps is the longest output's. Rows that are done stay in the batch
+until they are an eighth of it, so that dropping them copies the cache a few times and not at every step. Models whose
+keys and values cannot be cut decode prompts of one length at a time.
+
+What is written depends on the prompt, and for samples on the seed, but not on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .contexts import Contexts, Whole, can_cut, read
+from .language import TOKEN_BUDGET, LanguageModel
+
+CACHE_BYTES = 1 << 29
+"""Keys and values held at once on a CPU; an accelerator may give a quarter of what it has free."""
+DONE = 8
+"""Rows that are done leave when they are one in so many."""
+
+Written = tuple[list[int], bool]
+"""Tokens of one output, and whether it ended by itself."""
+
+
+def groups(
+    subject: LanguageModel, prompts: Sequence[Sequence[int]], limit: int, samples: int, shares: int = 1
+) -> list[list[int]]:
+    """Indices of prompts that are decoded together; at least `shares` groups, for as many processes."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if not order:
+        return []
+    cut = can_cut(subject, len(prompts[order[-1]]) + limit)
+    tokens = _cache_bytes(subject) // _token_bytes(subject) if cut else TOKEN_BUDGET * 4
+    largest = -(-len(prompts) // shares)
+    found: list[list[int]] = []
+    for _, alike in groupby(order, lambda i: cut or len(prompts[i])):
+        group: list[int] = []
+        for index in alike:
+            size = (len(group) + 1) * samples * (len(prompts[index]) + limit)
+            if group and (size > tokens or len(group) == largest):
+                found.append(group)
+                group = []
+            group.append(index)
+        found.append(group)
+    return found
+
+
+def _cache_bytes(subject: LanguageModel) -> int:
+    if subject.device.type == "cuda":
+        return max(CACHE_BYTES, torch.cuda.mem_get_info(subject.device)[0] // 4)
+    return CACHE_BYTES
+
+
+def _token_bytes(subject: LanguageModel) -> int:
+    """Bytes of one token's keys and values in all blocks."""
+    layers = read(subject, [[0, 0]]).layers
+    return sum(part[:, :1].numel() * part.element_size() for pair in layers for part in pair)
+
+
+class Started:
+    """Prompts that were read and go on, a token at a time."""
+
+    def __init__(self, subject: LanguageModel, contexts: Contexts | Whole, logits: Tensor) -> None:
+        self.subject = subject
+        self.contexts = contexts
+        self.logits = logits
+        """(rows, V) of what follows."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        self.contexts.keep(rows)
+
+    def follow(self, tokens: Tensor) -> Tensor:
+        """(rows, V) logits of what follows these tokens (rows,), which are read from now on."""
+        return self.contexts.feed(self.subject.model, tokens[:, None], logits_to_keep=1).logits[:, -1]
+
+
+@torch.no_grad()
+def start(subject: LanguageModel, prompts: Sequence[Sequence[int]], limit: int, samples: int = 1) -> Started:
+    """Prompts that were read, each `samples` times; errors as the model's.
+
+    Args:
+        limit: how many tokens may follow.
+    """
+    lines = torch.arange(len(prompts), device=subject.device).repeat_interleave(samples)
+    if can_cut(subject, max(map(len, prompts)) + limit):
+        found = read(subject, prompts)
+        last = torch.stack([at[-1] for at in found.places])
+        contexts = Contexts(found.layers, [found.places[i] for i in lines.tolist()])
+        return Started(subject, contexts, subject.head(found.states[last])[lines])
+    whole = Whole(subject)
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=subject.device)
+    logits = whole.feed(subject.model, ids, logits_to_keep=1).logits[:, -1]
+    if samples > 1:
+        whole.cache.batch_repeat_interleave(samples)
+    return Started(subject, whole, logits[lines])
+
+
+@torch.no_grad()
+def decode(
+    subject: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    noise: Tensor | None = None,
+) -> list[Written]:
+    """Outputs of a group of prompts, `samples` of each in turn.
+
+    Args:
+        noise: (prompts, samples, limit) uniform numbers, for sampling.
+    """
+    going_on = subject.start(prompts, limit, samples)
+    logits = going_on.logits
+    stops = torch.tensor(sorted(subject.stop_ids), device=subject.device)
+    choose = _choice(temperature, None if noise is None else noise.reshape(len(logits), limit).to(subject.device))
+    line = torch.arange(len(logits), device=subject.device)
+    written = torch.full((len(line), limit), -1, dtype=torch.long, device=subject.device)
+    ended = torch.zeros(len(line), dtype=torch.bool, device=subject.device)
+    going = torch.ones_like(ended)
+    for step in range(limit):
+        token = choose(logits, line, step)
+        stop = torch.isin(token, stops)
+        ended[line[going & stop]] = True
+        going = going & ~stop
+        written[line[going], step] = token[going]
+        left = int(going.sum())
+        if step + 1 == limit or not left:
+            break
+        if left <= len(line) - max(1, len(line) // DONE):
+            index = going.nonzero()[:, 0]
+            going_on.keep(index)
+            line, token, going = line[index], token[index], going[index]
+        logits = going_on.follow(token)
+    return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
+
+
+def _choice(temperature: float, noise: Tensor | None) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The next token of every line: the likeliest, or the one that a uniform number falls on."""
+
+    def sampled(logits: Tensor, line: Tensor, step: int) -> Tensor:
+        assert noise is not None
+        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        threshold = noise[line, step][:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, threshold).clamp_max(logits.shape[-1] - 1)[:, 0]
+
+    return (lambda logits, line, step: logits.argmax(-1)) if noise is None else sampled
