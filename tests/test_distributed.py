@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from expunge.registry import get
 from expunge.request import load
 from expunge.rows import Row
 from expunge.run import run
+from expunge.subjects import decoding
 from expunge.subjects.language import LanguageModel
 
 CASES = {
@@ -146,9 +148,14 @@ def check_agreement(rank):
 def check_tables(rank):
     subject = LanguageModel(*tiny("llama"))
     decoded = []
-    original = subject._decode
-    subject._decode = lambda prompts, *rest: decoded.append(len(prompts)) or original(prompts, *rest)
-    found = tables(subject)
+    original = decoding.decode
+
+    def counting(subject, prompts, *rest, **more):
+        decoded.append(len(prompts))
+        return original(subject, prompts, *rest, **more)
+
+    with patch.object(decoding, "decode", counting):
+        found = tables(subject)
     counts = processes.shared([[0], [1]], lambda _: sum(decoded))
     assert min(counts) > 0
     assert sum(counts) == 22  # 11 rows asked twice: nobody decodes a row that another one does
