@@ -55,6 +55,17 @@ def test_an_unknown_engine_is_an_error(tmp_path: Path) -> None:
         run_trials(square, [{"x": 1}], tmp_path, engine="threads")
 
 
+def test_the_time_of_a_reproduction_is_that_of_its_trials_whenever_they_ran(tmp_path: Path) -> None:
+    for _ in range(2):
+        case = Case(tmp_path, seeds=(0, 1), workers=1)
+        case.trials(square, [{"x": 2}, {"x": 2}])
+        kept = [json.loads(path.read_text())["seconds"] for path in (tmp_path / "trials").iterdir()]
+        assert case.seconds == sum(kept)
+        for number, path in enumerate((tmp_path / "trials").iterdir()):
+            path.write_text(json.dumps({**json.loads(path.read_text()), "seconds": 1.5 + number}))
+    assert case.seconds == 4.0
+
+
 def test_rows_hold_settings_seeds_and_results(tmp_path: Path) -> None:
     rows = Case(tmp_path, seeds=(0, 3), workers=1).trials(square, [{"x": 2}, {"x": 5}])
     assert [(row["x"], row["seed"], row["y"]) for row in rows] == [(2, 0, 4), (2, 3, 7), (5, 0, 25), (5, 3, 28)]

@@ -47,8 +47,8 @@ def run_trials(
         ParameterError: an unknown engine, or ray is not installed.
         Whatever a trial raises; those that were finished are kept.
     """
-    name = f"{function.__module__}:{function.__qualname__}"
-    paths = [folder / f"{content_key(name, version, dict(settings))}.json" for settings in grid]
+    name = _name(function)
+    paths = _paths(function, grid, folder, version)
     open_ = [i for i, path in enumerate(paths) if not path.is_file()]
     # Equal settings are one trial.
     open_ = list({paths[i]: i for i in reversed(open_)}.values())[::-1]
@@ -76,6 +76,24 @@ def run_trials(
     else:
         _in_processes(function, grid, open_, workers, keep)
     return [json.loads(path.read_text(encoding="utf-8"))["result"] for path in paths]
+
+
+def spent(
+    function: Callable[..., Result], grid: Sequence[Mapping[str, Any]], folder: Path, *, version: int = 1
+) -> float:
+    """Seconds that these finished trials took, each counted once, whenever it ran."""
+    paths = dict.fromkeys(_paths(function, grid, folder, version))
+    return sum(float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) for path in paths)
+
+
+def _name(function: Callable[..., Result]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def _paths(
+    function: Callable[..., Result], grid: Sequence[Mapping[str, Any]], folder: Path, version: int
+) -> list[Path]:
+    return [folder / f"{content_key(_name(function), version, dict(settings))}.json" for settings in grid]
 
 
 def _timed(function: Callable[..., Result], settings: dict[str, Any]) -> tuple[Result, float]:

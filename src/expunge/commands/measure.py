@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -197,7 +196,6 @@ def reproduce(
     settings = part.resolve(changed)
     seeds = seed or [0, 1, 2]
     folder = out or Path("runs") / "reproduce" / name
-    began = time.monotonic()
     with progressing(json) as progress:
         case = Case(
             folder,
@@ -207,7 +205,7 @@ def reproduce(
             progress.phase(f"reproduce {name}") if progress else None,
         )
         findings = part.function(case, **settings)
-    about = {**environment(), "minutes": (time.monotonic() - began) / 60}
+    about = {**environment(), "minutes": case.seconds / 60}
     found = page.record(part, settings, changed, seeds, findings, about)
     path = page.write(found, folder)
     if record is not None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import TableError
 from ..evidence import Table
-from ..trials import Progress, Result, run_trials
+from ..trials import Progress, Result, run_trials, spent
 
 Row = dict[str, Any]
 """Settings, seed and results of one trial together."""
@@ -59,6 +59,7 @@ class Case:
     workers: int | None = None
     progress: Progress | None = None
     seconds: float = field(default=0.0, init=False)
+    """What the trials took, those of earlier commands included."""
 
     def trials(self, function: Callable[..., Result], grid: Iterable[Mapping[str, Any]]) -> list[Row]:
         """`function(seed=..., **settings)` for all settings and seeds; each row holds settings, seed and results.
@@ -74,6 +75,7 @@ class Case:
             workers=self.workers,
             progress=self.progress,
         )
+        self.seconds += spent(function, asked, self.folder / "trials", version=self.version)
         return [{**settings, **result} for settings, result in zip(asked, found)]
 
 

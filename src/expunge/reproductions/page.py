@@ -51,7 +51,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"# {found['name']}\n",
         f"{found['summary']}\n",
         f"{link}; seeds {', '.join(map(str, found['seeds']))}; {about['date']}, expunge {about['expunge']}, torch "
-        f"{about['torch']}, transformers {about['transformers']}, {about['device']}, {about['minutes']:.1f} min.\n",
+        f"{about['torch']}, transformers {about['transformers']}, {about['device']}, trials took "
+        f"{about['minutes']:.1f} min.\n",
         f"    {command(found)}\n",
         "## Claims\n",
         table(

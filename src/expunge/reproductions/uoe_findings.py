@@ -47,7 +47,8 @@ def judge(rows: Sequence[Row], sizes: Sizes, steps: int, threshold: float) -> li
     """The claims; criteria were fixed before (specs: uoe, section 6), beside them the paper's other comparisons."""
     forgotten = f"when forget accuracy is at most {threshold:g}, retain accuracy of"
     more = keeps_more(rows, "top expert", ["all parameters"], 0.2)
-    fewer = keeps_more(rows, "top expert", ["top 3 of the layer", "top 1 of each layer"], 0.05)
+    three = keeps_more(rows, "top expert", ["top 3 of the layer"], 0.05)
+    spread_out = keeps_more(rows, "top expert", ["top 1 of each layer"], 0.05)
     foremost = keeps_more(rows, "top expert", ["lowest expert"], 0.05)
     retained = kept(rows, "grad_diff, top expert")
     claims = [
@@ -61,11 +62,16 @@ def judge(rows: Sequence[Row], sizes: Sizes, steps: int, threshold: float) -> li
             *more,
         ),
         Claim(
-            "One expert is better than several",
-            "DeepSeek, MMLU at equal forgetting: 0.510; top 6 of the layer 0.465; top 3 and 6 of several layers 0.285 "
-            "and 0.257",
-            f"{forgotten} the top expert at least 0.05 above that of three in its layer, and of one in each layer",
-            *fewer,
+            "One expert is better than several of its layer",
+            "DeepSeek, MMLU at equal forgetting: 0.510 against 0.465 with 6 of the layer",
+            f"{forgotten} the top expert at least 0.05 above that of three in its layer",
+            *three,
+        ),
+        Claim(
+            "One expert is better than several in different layers",
+            "DeepSeek, MMLU at equal forgetting: 0.510 against 0.285 and 0.257 with 3 and 6",
+            f"{forgotten} the top expert at least 0.05 above that of one in each layer",
+            *spread_out,
         ),
         _lowest(rows, steps),
         Claim(
@@ -141,7 +147,7 @@ def _lowest(rows: Sequence[Row], steps: int) -> Claim:
         "An expert that forget rows hardly use does not make the model forget",
         "a random expert under-forgets: RMU on Qwen 0.351, the top expert 0.254",
         "the lowest expert does not reach forgetting within twice the top expert's steps, at either rate and seed",
-        f"it does in {len(within)} of {len(low)} runs" + (f"; {len(open_)} are too short to tell" if open_ else ""),
+        f"it does in {len(within)} of {len(low)} runs" + (f"; too short to tell: {len(open_)}" if open_ else ""),
         False if within else None if open_ else True,
     )
 
