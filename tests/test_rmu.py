@@ -112,3 +112,12 @@ def test_the_direction_depends_on_the_seed_only():
 def test_a_layer_that_does_not_exist_is_an_error():
     with pytest.raises(ParameterError, match="layer 7 is not within 0-2"):
         run(LanguageModel(*tiny("llama")), layer=7)
+
+
+def test_in_a_mixture_the_experts_up_to_the_layer_move():
+    subject = LanguageModel(*tiny("mixtral"))
+    outcome = run(subject, layer=1)
+    assert {name.split(".experts.")[0] for name in outcome.delta.entries} == {
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    }

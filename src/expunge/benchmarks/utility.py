@@ -23,7 +23,9 @@ LEAST = 1.959964
 """Standard errors to either side of a 95 % interval."""
 
 
-@benchmark(paper="", data="tasks of lm-evaluation-harness by name, or a folder of exams")
+@benchmark(
+    paper="EleutherAI, lm-evaluation-harness", data="tasks of lm-evaluation-harness by name, or a folder of exams"
+)
 def utility(
     bench: Bench,
     *,

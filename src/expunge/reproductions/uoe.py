@@ -171,6 +171,10 @@ def uoe(
 
 
 NOTES = [
+    "Criteria with margins of 0.2 and 0.05 on top-1, top-3 and one expert per layer are the spec's; those on drift, "
+    "parts, the lowest expert, anchor weights and the three objectives are our own. They were written into code after "
+    "seed 0 of most runs had been seen; the two further worlds were added, and the steps raised from 160 to 240, "
+    "because of what it showed.",
     "Every run has two rates and is judged at the one that keeps more. AdamW without weight decay, 24 forget rows in a "
     "step (and as many retain rows where the objective reads them), gradient norm clipped at 1, constant rate. Retain "
     "rows are rows the model was trained on. NPO's beta is 0.1, RMU reads the last block.",

@@ -44,7 +44,8 @@ def keeps_more(rows: Sequence[Row], variant: str, others: Sequence[str], by: flo
 
 
 def judge(rows: Sequence[Row], sizes: Sizes, steps: int, threshold: float) -> list[Claim]:
-    """The claims; criteria were fixed before (specs: uoe, section 6), beside them the paper's other comparisons."""
+    """The claims: the criteria of specs: uoe, section 6, and beside them the paper's other comparisons with margins of
+    our own."""
     forgotten = f"when forget accuracy is at most {threshold:g}, retain accuracy of"
     more = keeps_more(rows, "top expert", ["all parameters"], 0.2)
     three = keeps_more(rows, "top expert", ["top 3 of the layer"], 0.05)

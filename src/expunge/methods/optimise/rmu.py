@@ -26,7 +26,12 @@ def _prepare(case: Preparation) -> None:
     layer %= depth
     case.taps = Taps(final=False, layers=(layer,), positions=settings["positions"])
     if case.scope is None:
-        case.scope = f"role:mlp_out@{max(0, layer - 2)}-{layer}"
+        span = f"{max(0, layer - 2)}-{layer}"
+        roles = anatomy(case.subject.model).roles
+        # Blocks that are mixtures have their MLP in experts, all of which move.
+        present = {role: {at for at, _ in roles[role]} for role in ("mlp_out", "experts")}
+        wanted = [role for role in present if present[role] & set(range(max(0, layer - 2), layer + 1))]
+        case.scope = "+".join(f"role:{role}@{span}" for role in wanted)
     if case.dry:
         return
     generator = torch.Generator().manual_seed(case.seed)
