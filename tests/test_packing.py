@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import ARCHITECTURES, tiny
 
 from expunge.errors import RowError, SubjectError
 from expunge.rows import Row
 from expunge.subjects import contexts, decoding
 from expunge.subjects.language import LanguageModel, Template, weights_fingerprint
-from expunge.subjects.packed import batches, pack
+from expunge.subjects.packed import _tree, batches, pack
 from expunge.tables.scores import Scores
 
 QUESTIONS = [
@@ -55,9 +57,56 @@ def test_scores_equal_plain_forward_passes(subject):
         p = predicting.double().softmax(-1)
         mean = (p * p.log()).sum(-1)
         assert np.allclose(table.mean[at], mean, atol=1e-4)
-        assert np.allclose(table.variance[at], (p * p.log() ** 2).sum(-1) - mean**2, atol=1e-4)
+        assert np.allclose(table.variance[at], (p * p.log() ** 2).sum(-1) - mean**2, rtol=1e-5, atol=1e-7)
         assert table.end[at].sum() == encoded.closing
     assert table.texts == [row.answer for row in rows()]
+
+
+ALIKE = [
+    "in the north of Carth",
+    "in the north",
+    "in the north of Tivin",
+    "Tivin",
+    "in the north of Carth",
+    "in a Tivin",
+]
+
+
+def alike():
+    return [Row(id=str(i), prompt="where was Ilva born?", answer=answer) for i, answer in enumerate(ALIKE)]
+
+
+def test_answers_that_begin_alike_share_the_beginning_and_score_as_if_alone(subject):
+    encoded = [subject.encode(row) for row in alike()]
+    packed = pack(encoded)
+    continuations = [row.ids[row.start : -1] for row in encoded]
+    beginnings = {ids[:n] for ids in continuations for n in range(1, len(ids) + 1)}
+    assert packed.tokens == encoded[0].start + len(beginnings)
+    for index, row in enumerate(encoded):
+        at = packed.every.split([len(row.ids) - 1 for row in encoded])[index]
+        assert packed.ids[0, at].tolist() == list(row.ids[:-1])
+        assert packed.positions[0, at].tolist() == list(range(len(row.ids) - 1))
+    table = subject.score([((row.id, "answer"), one) for row, one in zip(alike(), encoded)])
+    for index, row in enumerate(alike()):
+        assert np.allclose(table.logprob[table.tokens(index)], plain(subject, row)[2], atol=1e-5)
+    alone = [subject.score([(("0", "answer"), one)]) for one in encoded]
+    for name in ("logprob", "mean", "variance"):
+        apart = np.concatenate([getattr(one, name) for one in alone])
+        assert np.allclose(getattr(table, name), apart, rtol=1e-6, atol=2e-6)
+    assert (table.hit == np.concatenate([one.hit for one in alone])).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5).map(tuple), min_size=1, max_size=7))
+def test_a_tree_holds_every_continuation_and_no_beginning_twice(continuations):
+    branches, ends = _tree(continuations)
+    paths = [()]
+    for branch in branches:
+        assert branch.stop > branch.start == len(paths[branch.parent])
+        paths.append((*paths[branch.parent], *continuations[branch.row][branch.start : branch.stop]))
+    assert [paths[end] for end in ends] == continuations
+    beginnings = {ids[:n] for ids in continuations for n in range(1, len(ids) + 1)}
+    if len(continuations) > 1:
+        assert sum(branch.stop - branch.start for branch in branches) == len(beginnings)
 
 
 def test_numbers_do_not_depend_on_batching_or_order(subject):

@@ -690,7 +690,8 @@ class LanguageModel:
 
         def read(group: Sequence[int]) -> dict[str, np.ndarray]:
             pack_ = pack([rows[i] for i in group], self.device)
-            statistics = self.statistics(self.hidden_states(pack_), pack_.target)
+            first, at = pack_.distinct
+            statistics = self.statistics(self.hidden_states(pack_)[first], pack_.target, at)
             part = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
             part["token"] = pack_.target.to(torch.int32).cpu().numpy()
             part["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
@@ -745,29 +746,39 @@ class LanguageModel:
         places = np.argsort(order).tolist() if order else []
         return table.take(places, [key for key, _ in items])
 
-    def statistics(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(logprob, hit, mean, variance) per answer token; hidden (n, d), target (n,). Logits live in chunks only."""
+    def statistics(self, hidden: Tensor, target: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(logprob, hit, mean, variance) per answer token (n,). Logits live in chunks only.
+
+        Args:
+            hidden: (m, d) states; those that predict several tokens stand once.
+            target: (n,) tokens.
+            at: (n,) which state predicts each.
+        """
         size = max(1, LOGIT_ELEMENTS // self.vocabulary)
+        order = at.argsort(stable=True)
+        counts = torch.bincount(at, minlength=len(hidden)).split(size)
         chunks = []
-        for states, tokens in zip(hidden.split(size), target.split(size)):
+        for number, (states, tokens) in enumerate(zip(hidden.split(size), order.split([int(c.sum()) for c in counts]))):
             logits = self.head(states).float()
             best = logits.argmax(-1)
             logprobs = logits.log_softmax(-1)
             probabilities = logprobs.exp()
-            picked = logprobs.gather(-1, tokens[:, None])[:, 0]
-            probabilities.mul_(logprobs)
-            mean = probabilities.sum(-1)
+            state, token = at[tokens] - number * size, target[tokens]
+            picked = logprobs[state, token]
+            mean = torch.linalg.vecdot(probabilities, logprobs)
             # -inf logits (masked vocabulary entries) give 0 * inf; they carry no probability.
             if not torch.isfinite(mean).all():
-                probabilities.nan_to_num_(0.0)
                 logprobs = logprobs.nan_to_num(neginf=0.0)
-                mean = probabilities.sum(-1)
-            variance = torch.linalg.vecdot(probabilities, logprobs) - mean.square()
-            chunks.append((picked, best == tokens, mean, variance.clamp_min(0.0)))
+                mean = torch.linalg.vecdot(probabilities, logprobs)
+            # E[l^2] - E[l]^2 would lose what little variance there is among values near -log V.
+            apart = logprobs.sub_(mean[:, None])
+            variance = torch.linalg.vecdot(probabilities.mul_(apart), apart)
+            chunks.append((picked, best[state] == token, mean[state], variance[state]))
         if not chunks:
             empty = hidden.new_zeros(0, dtype=torch.float32)
             return empty, empty.bool(), empty, empty
-        return tuple(torch.cat(column) for column in zip(*chunks))  # type: ignore[return-value]
+        back = order.argsort()
+        return tuple(torch.cat(column)[back] for column in zip(*chunks))  # type: ignore[return-value]
 
     @cached_property
     def vocabulary(self) -> int:

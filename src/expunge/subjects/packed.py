@@ -1,8 +1,9 @@
 """Rows in one sequence: no padding, and what rows share is computed once.
 
 Rows are laid end to end in one sequence of tokens. Rows with the same prompt form a *family*: the prompt once, then
-every continuation, each of which sees the prompt and itself. A beginning common to all prompts (a system message) is a
-family of its own that all others see. Linear layers run on the packed tokens; attention runs family by family.
+its continuations as a tree, where what several of them begin with stands once and every branch sees those it grows
+from. A beginning common to all prompts (a system message) is a family of its own that all others see. Linear layers run
+on the packed tokens; attention runs family by family.
 
 Three ways of telling a model so, tried in this order and kept when a packed pass equals plain passes (`choose_mode`):
 
@@ -53,8 +54,10 @@ class Family:
 
     start: int
     stop: int
-    branch: Tensor | None
+    branch: Tensor | None = None
     """(stop - start,) branch number of each token, 0 for the prompt; None for a single row (plain causal)."""
+    sees: Tensor | None = None
+    """(branches, branches) True where the first is the second or grows from it."""
 
     @property
     def length(self) -> int:
@@ -76,6 +79,8 @@ class Run:
     """(stop - start,) where each packed token stands in (families x L); None where nothing is padded."""
     branch: Tensor | None
     """(families, L) branch numbers; None where every family is a single row."""
+    sees: Tensor | None
+    """(families, branches, branches) True where the first is the second or grows from it."""
 
     @property
     def length(self) -> int:
@@ -92,8 +97,23 @@ class Run:
         if any(family.length < length for family in families):
             back = (starts + order < stops).flatten().nonzero()[:, 0]
         branches = [family.branch for family in families if family.branch is not None]
-        branch = nn.utils.rnn.pad_sequence(branches, batch_first=True, padding_value=-1) if branches else None
-        return Run(families[0].start, families[-1].stop, place, back, branch)
+        branch = nn.utils.rnn.pad_sequence(branches, batch_first=True) if branches else None
+        seen = [family.sees for family in families if family.sees is not None]
+        sees = None
+        if seen:
+            sees = torch.zeros(len(seen), *[max(map(len, seen))] * 2, dtype=torch.bool, device=device)
+            for at, one in enumerate(seen):
+                sees[at, : len(one), : len(one)] = one
+        return Run(families[0].start, families[-1].stop, place, back, branch, sees)
+
+    def inside(self) -> Tensor:
+        """(families or 1, L, L) True where a token may look in its family; padding stands at the end, unseen."""
+        order = torch.arange(self.length, device=self.place.device)
+        allowed = (order[:, None] >= order[None, :])[None]
+        if self.branch is None or self.sees is None:
+            return allowed
+        number = torch.arange(len(self.branch), device=self.place.device)[:, None, None]
+        return allowed & self.sees[number, self.branch[:, :, None], self.branch[:, None, :]]
 
     def take(self, part: Tensor) -> Tensor:
         """(1, heads, tokens, d) of the whole pack -> (families, heads, L, d)"""
@@ -142,6 +162,14 @@ class Pack:
                 groups.append([family])
         return [Run.of(group, self.ids.device) for group in groups]
 
+    @cached_property
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """(m,) of the answer tokens predicted at one position the first, and (n,) that position's number for each."""
+        _, at = self.predict.unique(return_inverse=True)
+        order = torch.arange(len(at), device=at.device)
+        first = order.new_zeros(int(at.max()) + 1 if len(at) else 0)
+        return first.scatter_reduce(0, at, order, "amin", include_self=False), at
+
     @property
     def tokens(self) -> int:
         return int(self.ids.shape[1])
@@ -157,12 +185,7 @@ class Pack:
         if run.branch is None and shared == 0 and (window is None or window >= length):
             return None
         at = self.positions[0]
-        order = torch.arange(length, device=at.device)
-        # Padding stands at the end, where nothing that counts looks.
-        allowed = (order[:, None] >= order[None, :])[None]
-        if run.branch is not None:
-            mine = run.branch
-            allowed = allowed & ((mine[:, None, :] == 0) | (mine[:, :, None] == mine[:, None, :]))
+        allowed = run.inside()
         allowed = torch.cat([allowed.new_ones(len(allowed), length, shared), allowed], dim=2)
         if window is not None:
             queries = at[run.place]
@@ -175,11 +198,7 @@ class Pack:
         allowed = torch.zeros(self.tokens, self.tokens, dtype=torch.bool, device=self.ids.device)
         for family in self.families:
             span = slice(family.start, family.stop)
-            order = torch.arange(family.stop - family.start, device=self.ids.device)
-            inside = order[:, None] >= order[None, :]
-            if family.branch is not None:
-                inside &= (family.branch[None, :] == 0) | (family.branch[:, None] == family.branch[None, :])
-            allowed[span, span] = inside
+            allowed[span, span] = Run.of([family], self.ids.device).inside()[0]
             if family.start >= self.beginning:
                 allowed[span, : self.beginning] = True
         floor = torch.finfo(dtype).min
@@ -202,32 +221,42 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
         ids += next(iter(prompts))[:beginning]
         positions += range(beginning)
         owner += ((0, at) for at in range(beginning))
-        families.append(Family(0, beginning, None))
+        families.append(Family(0, beginning))
     predict: list[list[int]] = [[] for _ in rows]
     every: list[list[int]] = [[] for _ in rows]
+    trees = {prompt: _tree([rows[i].ids[len(prompt) : -1] for i in members]) for prompt, members in prompts.items()}
 
     def length(prompt: tuple[int, ...]) -> int:
-        return len(prompt) - beginning + sum(rows[i].scored - 1 for i in prompts[prompt])
+        return len(prompt) - beginning + sum(branch.stop - branch.start for branch in trees[prompt][0])
 
     # Single rows of one length stand together: attention takes them in one call.
     for prompt in sorted(prompts, key=lambda prompt: (len(prompts[prompt]) > 1, length(prompt))):
         members = prompts[prompt]
+        branches, ends = trees[prompt]
         start = len(ids)
         ids += prompt[beginning:]
         positions += range(beginning, len(prompt))
         owner += ((members[0], at) for at in range(beginning, len(prompt)))
-        branch = [0] * (len(prompt) - beginning)
+        number = [0] * (len(prompt) - beginning)
         last = len(ids) - 1
-        for number, index in enumerate(members, start=1):
-            fed = rows[index].ids[len(prompt) : -1]
-            predict[index] = [last, *range(len(ids), len(ids) + len(fed))]
-            every[index] = [*range(beginning), *range(start, last + 1), *predict[index][1:]]
-            owner += ((index, at) for at in range(len(prompt), len(prompt) + len(fed)))
-            ids += fed
-            positions += range(len(prompt), len(prompt) + len(fed))
-            branch += [number] * len(fed)
-        single = len(members) == 1
-        families.append(Family(start, len(ids), None if single else torch.tensor(branch, device=device)))
+        paths = [[last]]
+        sees = torch.eye(len(branches) + 1, dtype=torch.bool)
+        for at, branch in enumerate(branches, start=1):
+            whose = members[branch.row]
+            span = range(len(prompt) + branch.start, len(prompt) + branch.stop)
+            paths.append([*paths[branch.parent], *range(len(ids), len(ids) + len(span))])
+            sees[at] |= sees[branch.parent]
+            ids += rows[whose].ids[span.start : span.stop]
+            positions += span
+            owner += ((whose, place) for place in span)
+            number += [at] * len(span)
+        for index, end in zip(members, ends):
+            predict[index] = paths[end]
+            every[index] = [*range(beginning), *range(start, last + 1), *paths[end][1:]]
+        if len(members) == 1:
+            families.append(Family(start, len(ids)))
+        else:
+            families.append(Family(start, len(ids), torch.tensor(number, device=device), sees.to(device)))
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -244,6 +273,42 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
         every=tensor([position for row in every for position in row]),
         owner=owner,
     )
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Tokens `start:stop` of the continuation of `row`, which grow from branch `parent` (0 is the prompt)."""
+
+    row: int
+    start: int
+    stop: int
+    parent: int
+
+
+def _tree(continuations: Sequence[tuple[int, ...]]) -> tuple[list[_Branch], list[int]]:
+    """Branches, numbered from 1, parents first, and the branch in which each continuation ends."""
+    if len(continuations) == 1:
+        whole = len(continuations[0])
+        return ([_Branch(0, 0, whole, 0)], [1]) if whole else ([], [0])
+    branches: list[_Branch] = []
+    ends = [0] * len(continuations)
+    # (continuations in order that begin alike, how much of them is in branches, the last of these)
+    open_ = [(sorted(range(len(continuations)), key=lambda i: continuations[i]), 0, 0)]
+    while open_:
+        group, depth, parent = open_.pop()
+        first, last = continuations[group[0]], continuations[group[-1]]
+        common = next((i for i, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), min(len(first), len(last)))
+        if common > depth:
+            branches.append(_Branch(group[0], depth, common, parent))
+            parent = len(branches)
+        next_: dict[int, list[int]] = {}
+        for i in group:
+            if len(continuations[i]) == common:
+                ends[i] = parent
+            else:
+                next_.setdefault(continuations[i][common], []).append(i)
+        open_ += [(alike, common, parent) for alike in next_.values()]
+    return branches, ends
 
 
 def _common_beginning(prompts: list[tuple[int, ...]]) -> int:
