@@ -236,6 +236,27 @@ def test_answer_tokens_come_from_offsets_even_when_prompt_and_answer_share_ids()
     assert encoded.ids[-1] == tokenizer.eos_token_id
 
 
+def test_top_p_samples_from_the_fewest_likeliest_tokens_that_hold_so_much() -> None:
+    from expunge.subjects.decoding import _choice
+
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(1000, 4)
+    uniform = torch.linspace(0.0005, 0.9995, 1000)[:, None]
+    line = torch.arange(1000)
+    for top_p, shares in (
+        (1.0, [0.15, 0.5, 0.05, 0.3]),
+        (0.75, [0, 0.625, 0, 0.375]),
+        (0.9, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+        (0.3, [0, 1, 0, 0]),
+    ):
+        found = torch.bincount(_choice(1.0, top_p, uniform)(logits, line, 0), minlength=4) / 1000
+        assert found.tolist() == pytest.approx(shares, abs=2e-3)
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    prompts = [(("0", "q"), "where was Ilva"), (("1", "q"), "Tivin in the")]
+    greedy = subject.generate(prompts, max_new_tokens=5)
+    assert subject.generate(prompts, max_new_tokens=5, temperature=1.0, top_p=1e-6).texts == greedy.texts
+
+
 def test_chat_template_is_respected():
     model, tokenizer = tiny("llama")
     tokenizer.chat_template = (

@@ -59,6 +59,7 @@ def corpus(
     stranger: str = "",
     max_new_tokens: int = 512,
     temperature: float = 1.0,
+    top_p: float = 0.9,
     seed: int = 0,
 ) -> Corpus:
     """Positive, negative, pair and reject rows in the published format.
@@ -81,6 +82,7 @@ def corpus(
             stranger=stranger,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_p=top_p,
             seed=seed,
         )
         for flag in (True, False)
@@ -113,6 +115,7 @@ def biographies(
     stranger: str = "",
     max_new_tokens: int = 512,
     temperature: float = 1.0,
+    top_p: float = 0.9,
     seed: int = 0,
 ) -> list[str]:
     """`count` texts that begin with the openings in turn.
@@ -140,6 +143,7 @@ def biographies(
         [((row.id, "biography"), subject.prompt_text(row)) for row in rows],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
         samples=each,
         seed=seed,
     )

@@ -110,17 +110,20 @@ def decode(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     noise: Tensor | None = None,
 ) -> list[Written]:
     """Outputs of a group of prompts, `samples` of each in turn.
 
     Args:
+        top_p: sample from the fewest likeliest tokens that have this much probability together.
         noise: (prompts, samples, limit) uniform numbers, for sampling.
     """
     going_on = subject.start(prompts, limit, samples)
     logits = going_on.logits
     stops = torch.tensor(sorted(subject.stop_ids), device=subject.device)
-    choose = _choice(temperature, None if noise is None else noise.reshape(len(logits), limit).to(subject.device))
+    uniform = None if noise is None else noise.reshape(len(logits), limit).to(subject.device)
+    choose = _choice(temperature, top_p, uniform)
     line = torch.arange(len(logits), device=subject.device)
     written = torch.full((len(line), limit), -1, dtype=torch.long, device=subject.device)
     ended = torch.zeros(len(line), dtype=torch.bool, device=subject.device)
@@ -142,12 +145,17 @@ def decode(
     return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
 
 
-def _choice(temperature: float, noise: Tensor | None) -> Callable[[Tensor, Tensor, int], Tensor]:
+def _choice(temperature: float, top_p: float, noise: Tensor | None) -> Callable[[Tensor, Tensor, int], Tensor]:
     """The next token of every line: the likeliest, or the one that a uniform number falls on."""
 
     def sampled(logits: Tensor, line: Tensor, step: int) -> Tensor:
         assert noise is not None
-        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        probabilities = (logits.float() / temperature).softmax(-1)
+        if top_p < 1:
+            ordered, index = probabilities.sort(-1, descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= top_p
+            probabilities = probabilities.scatter(-1, index, ordered.masked_fill(beyond, 0.0))
+        cumulative = probabilities.cumsum(-1)
         threshold = noise[line, step][:, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, threshold).clamp_max(logits.shape[-1] - 1)[:, 0]
 

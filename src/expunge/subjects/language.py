@@ -793,6 +793,7 @@ class LanguageModel:
         *,
         max_new_tokens: int = 32,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         samples: int = 1,
         seed: int = 0,
         progress: Progress | None = None,
@@ -818,7 +819,9 @@ class LanguageModel:
             if temperature > 0:
                 noise = torch.stack([_noise(seed, prompts[i][1], samples, max_new_tokens) for i in group])
             mine = [tokens[i] for i in group]
-            rows = decode(self, mine, max_new_tokens, samples=samples, temperature=temperature, noise=noise)
+            rows = decode(
+                self, mine, max_new_tokens, samples=samples, temperature=temperature, top_p=top_p, noise=noise
+            )
             found = []
             for place in range(len(group)):
                 outputs = rows[place * samples : (place + 1) * samples]
@@ -828,6 +831,7 @@ class LanguageModel:
 
         together = groups(self, tokens, max_new_tokens, samples, shares)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples, "seed": seed}
+        settings |= {"top_p": top_p} if top_p < 1 else {}
         answers = in_order(together, self.share(together, write, of=[tokens, settings], progress=progress))
         return Generations(
             [key for key, _ in prompts],
