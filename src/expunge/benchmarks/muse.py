@@ -49,6 +49,7 @@ ATTACKS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 QUESTIONS = ("forget_qa", "retain_qa")
 TEXTS = ("forget", "retain", "holdout")
+OUTPUTS = "Outputs that say nothing"
 
 
 @benchmark(paper="arXiv:2407.06460", data="muse-bench/MUSE-News, muse-bench/MUSE-Books")
@@ -278,7 +279,7 @@ def _outputs(views: Mapping[str, View]) -> Table:
         for name in ("verbmem", *QUESTIONS):
             texts = [text for several in view.outputs(name) for text in several]
             lines.append([role, name, *(sum(map(is_so, texts)) / len(texts) for is_so in (_empty, repeats))])
-    return Table("Outputs that say nothing", ["model", "rows", "empty", "repeating"], lines)
+    return Table(OUTPUTS, ["model", "rows", "empty", "repeating"], lines)
 
 
 def _empty(text: str) -> bool:

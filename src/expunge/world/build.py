@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError, ParameterError, TrainingError
 from ..files import complete_folder, write_text
@@ -91,6 +92,19 @@ class WorldFolder:
 def cache_folder() -> Path:
     """EXPUNGE_CACHE, or ~/.cache/expunge."""
     return Path(os.environ.get("EXPUNGE_CACHE") or Path.home() / ".cache" / "expunge")
+
+
+def kept(kind: str, content: Any, train: Callable[[Path], None]) -> Path:
+    """The folder that `train` writes its models to, in the cache under the hash of `content` and of the training code.
+
+    They are trained once: processes that ask for the same models wait for the first of them.
+    """
+    folder = cache_folder() / kind / content_key(content, [version(name) for name in PACKAGES], _sources())
+    with _lock(folder):
+        if not (folder / "models").is_dir():
+            with complete_folder(folder / "models") as partial:
+                train(partial)
+    return folder / "models"
 
 
 def build(

@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..rows import Row
+    from ..subjects.language import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,17 @@ def tokenizer(texts: list[str], vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path, parent: int) -> None:
-    """Train one model on a file of rows and save it as a model folder; stop if process `parent` dies before."""
+def untrained(words: Any, recipe: Recipe, seed: int) -> LanguageModel:
+    """A Llama of the recipe's size with random weights, around a tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, logging
 
-    from ..methods.optimise.loop import fit
-    from ..rows import Row
     from ..subjects.language import LanguageModel
 
-    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    made = tokenizer(json.loads(texts.read_text(encoding="utf-8")), recipe.vocabulary)
     config = LlamaConfig(
-        vocab_size=max(recipe.vocabulary, len(made)),
+        vocab_size=max(recipe.vocabulary, len(words)),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.layers,
@@ -71,24 +72,27 @@ def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path, pare
         num_key_value_heads=recipe.heads,
         max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
-        bos_token_id=made.bos_token_id,
-        eos_token_id=made.eos_token_id,
-        pad_token_id=made.pad_token_id,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
     torch.manual_seed(seed)
-    subject = LanguageModel(LlamaForCausalLM(config), made)
-    items = [subject.encode(_row(number, line, Row)) for number, line in enumerate(_lines(rows))]
+    return LanguageModel(LlamaForCausalLM(config), words)
 
-    def progress(done: int, total: int) -> None:
-        # Another parent means that the builder was killed: its successor trains this model anew.
-        if os.getppid() != parent:
-            sys.exit("the builder is gone")
-        if done % 20 == 0 or done == total:
-            print(json.dumps([folder.name, done]), flush=True)
+
+def teach(
+    subject: LanguageModel,
+    rows: Iterable[Row],
+    recipe: Recipe,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Train a subject in place on rows, as the recipe says."""
+    from ..methods.optimise.loop import fit
 
     fit(
         subject,
-        items,
+        [subject.encode(row) for row in rows],
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
@@ -98,6 +102,26 @@ def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path, pare
         weight_decay=recipe.weight_decay,
         progress=progress,
     )
+
+
+def train(rows: Path, texts: Path, recipe: Recipe, seed: int, folder: Path, parent: int) -> None:
+    """Train one model on a file of rows and save it as a model folder; stop if process `parent` dies before."""
+    import torch
+
+    from ..rows import Row
+
+    torch.set_num_threads(1)
+    words = tokenizer(json.loads(texts.read_text(encoding="utf-8")), recipe.vocabulary)
+    subject = untrained(words, recipe, seed)
+
+    def progress(done: int, total: int) -> None:
+        # Another parent means that the builder was killed: its successor trains this model anew.
+        if os.getppid() != parent:
+            sys.exit("the builder is gone")
+        if done % 20 == 0 or done == total:
+            print(json.dumps([folder.name, done]), flush=True)
+
+    teach(subject, [_row(number, line, Row) for number, line in enumerate(_lines(rows))], recipe, seed, progress)
     subject.save(folder)
 
 
