@@ -59,7 +59,7 @@ class Case:
     workers: int | None = None
     progress: Progress | None = None
     seconds: float = field(default=0.0, init=False)
-    """What the trials took, those of earlier commands included."""
+    """CPU time of the trials, those of earlier commands included."""
 
     def trials(self, function: Callable[..., Result], grid: Iterable[Mapping[str, Any]]) -> list[Row]:
         """`function(seed=..., **settings)` for all settings and seeds; each row holds settings, seed and results.

@@ -102,15 +102,20 @@ def _three(scores: Mapping[str, Spread]) -> str:
 
 def _memorisation(found: Mapping[str, Mapping[str, Spread]]) -> Claim:
     gold = found["retrained"]
+    target = found["target"]
     stopped = {
         score: [m for m in BASELINES if found[m][score].mean <= gold[score].mean + STOPPED] for score in SCORES[:2]
     }
+    lower = {score: sum(found[m][score].mean <= target[score].mean - STOPPED for m in BASELINES) for score in stopped}
     return Claim(
         "Most methods stop verbatim and knowledge memorisation to some degree.",
         "most of eight; GA 0 / 0, GradDiff 0.9 / 41 against 20 / 33 retrained (News, VerbMem / KnowMem)",
         f"At least five of eight end with verbmem_f at most {STOPPED} above the retrained model's, and at least five "
         "with knowmem_f so.",
-        "; ".join(f"{score}: {len(names)} ({', '.join(names) or 'none'})" for score, names in stopped.items()),
+        "; ".join(
+            f"{score}: {len(names)} ({', '.join(names) or 'none'}), {lower[score]} at least {STOPPED} below the target"
+            for score, names in stopped.items()
+        ),
         all(len(names) >= 5 for names in stopped.values()),
     )
 
@@ -196,8 +201,11 @@ def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, Spread]]) -> Tab
 def _requests(rows: Sequence[Row], methods: Sequence[str], kind: str) -> Table:
     lines = [[m, *(str(value) for value in _series(rows, m, kind, "knowmem_r"))] for m in methods]
     texts = [int(point["texts"]) for point in next(row[kind] for row in rows if kind in row)]
-    about = "texts at once" if kind == "scal" else "texts more"
-    return Table(f"{KINDS[kind]}: knowmem_r", ["method", *(f"{count} {about}" for count in texts)], lines)
+    if kind == "scal":
+        columns = [f"{count} texts at once" for count in texts]
+    else:
+        columns = [f"request {i}: {count} texts" for i, count in enumerate(texts, start=1)]
+    return Table(f"{KINDS[kind]}: knowmem_r", ["method", *columns], lines)
 
 
 def _stack(rows: Sequence[Row], methods: Sequence[str]) -> str:
@@ -208,7 +216,7 @@ def _stack(rows: Sequence[Row], methods: Sequence[str]) -> str:
     ]
     return (
         "Four requests in turn are kept as one delta over the untouched target; its knowmem_r differs from that of the "
-        f"models made one from the other by at most {number(max(gaps))}."
+        f"models made one from the other by at most {max(gaps):.2f}."
     )
 
 
