@@ -326,3 +326,11 @@ def test_the_mini_version_tells_the_original_from_gold(tiny_world, tmp_path):
     with pytest.raises(TableError, match="privleak"):
         alone.value("privleak")
     assert any("needs a gold model" in note for note in alone.notes)
+
+
+def test_without_a_gold_that_forgot_there_is_no_privacy_score_but_a_sentence(published, memoriser, tmp_path):
+    card = bench("muse", memoriser, gold=[memoriser], data=str(published), out=tmp_path, bootstrap=20)
+    with pytest.raises(TableError, match="privleak"):
+        card.value("privleak")
+    assert any("privleak was not measured: the gold model itself tells" in note for note in card.notes)
+    assert card.value("verbmem_f", "gold") == 1

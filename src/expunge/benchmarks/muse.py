@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ..errors import ParameterError, TableError
+from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
 from ..metrics.measure import gather
 from ..metrics.measure import values as measured_on
@@ -33,7 +33,7 @@ from ..metrics.values import Values
 from ..registry import benchmark
 from ..rows import Row
 from ..tables.passes import MARGIN
-from ..tables.view import View
+from ..tables.view import NotApplicable, View
 from .case import Bench
 from .muse_data import cut, few_shot, head, length, read
 from .muse_mini import mini
@@ -97,7 +97,10 @@ def muse(
             "them with --set shots=0 and expect no verbatim text. `expunge reproduce muse` trains models on both."
         )
     if bench.golds or retrained:
-        scores.append(_privleak(bench, golded, k, retrained))
+        try:
+            scores.append(_privleak(bench, golded, k, retrained))
+        except NotApplicable as reason:
+            notes.append(f"privleak was not measured: {reason}")
     else:
         notes.append("privleak was not measured: it needs a gold model (--gold), or --set retrained=0.4772 for News.")
     more, missing = bench.measure(
@@ -222,7 +225,7 @@ def leak(attack: Values, golds: Sequence[Values], retrained: float = 0.0) -> Val
         retrained: a = 1 - AUC of gold, where there is no gold model.
 
     Raises:
-        TableError: every gold model knows the forget texts from the others (a = 0), there is nothing to compare with.
+        NotApplicable: gold models know the forget texts from the others (a = 0), there is nothing to compare with.
     """
 
     def gold(weights: np.ndarray) -> np.ndarray:
@@ -232,7 +235,7 @@ def leak(attack: Values, golds: Sequence[Values], retrained: float = 0.0) -> Val
 
     base = float(gold(np.ones((1, len(attack.units))))[0])
     if base <= 0:
-        raise TableError("PrivLeak is not defined: the gold model itself tells forget from holdout texts (AUC 1)")
+        raise NotApplicable("the gold model itself tells forget from holdout texts (AUC 1)")
 
     def percent(weights: np.ndarray) -> np.ndarray:
         anchor = gold(weights)
