@@ -52,7 +52,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"{found['summary']}\n",
         f"{link}; seeds {', '.join(map(str, found['seeds']))}; {about['date']}, expunge {about['expunge']}, torch "
         f"{about['torch']}, transformers {about['transformers']}, {about['device']}, trials took "
-        f"{about['minutes']:.1f} min of CPU.\n",
+        f"{about['minutes']:.1f} min.\n",
         f"    {command(found)}\n",
         "## Claims\n",
         table(
