@@ -261,7 +261,7 @@ def launch(request, out, ledger, options=("--multi_gpu",), changes=QUICK):
 
 def finished(process):
     output, errors = process.communicate(timeout=250)
-    assert process.returncode == 0, errors[-3000:]
+    assert process.returncode == 0, errors
     return output
 
 

@@ -782,9 +782,8 @@ def _resume(
         for i, (parameter, master) in enumerate(zip(parameters, masters)):
             master.copy_(part(f"value.{i}", parameter))
             if f"step.{i}" in names:
-                step = file.get_tensor(f"step.{i}")
                 optimiser.state[master] = {
-                    "step": step if master.device.type == "cpu" else step.to(master.device),
+                    "step": file.get_tensor(f"step.{i}").to(master.device, copy=True),
                     **{name: part(f"{name}.{i}", parameter).clone() for name in ("exp_avg", "exp_avg_sq")},
                 }
         if "best.0" in names:

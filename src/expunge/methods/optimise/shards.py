@@ -41,6 +41,8 @@ def sharded(subject: LanguageModel, parameters: Sequence[nn.Parameter]) -> Itera
     if not processes.sharding() or subject.sharded:
         yield list(parameters)
         return
+    from torch.distributed.device_mesh import init_device_mesh
+
     model = subject.model
     subject.settle()  # a pass that only some processes tried would find the others elsewhere
     names, moving = [block.name for block in subject.blocks], {id(p) for p in parameters}
@@ -48,6 +50,7 @@ def sharded(subject: LanguageModel, parameters: Sequence[nn.Parameter]) -> Itera
     shared = (*parameters, *model.parameters(), *model.buffers())
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     memo |= {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    mesh = init_device_mesh(subject.device.type, (processes.count(),))
     parts: dict[int, nn.Parameter] = {}
     before: dict[str, nn.Module] = {}
     try:
@@ -57,7 +60,7 @@ def sharded(subject: LanguageModel, parameters: Sequence[nn.Parameter]) -> Itera
             if not own:
                 continue
             twin: nn.Module = copy.deepcopy(block, dict(memo))
-            _wrap(twin, {p for p in block.parameters() if id(p) not in moving}, subject.device.type)
+            _wrap(twin, {p for p in block.parameters() if id(p) not in moving}, mesh)
             parts |= {id(own[key]): p for key, p in twin.named_parameters() if key in own}
             before[name] = block
             model.set_submodule(name, twin)
@@ -75,12 +78,10 @@ def sharded(subject: LanguageModel, parameters: Sequence[nn.Parameter]) -> Itera
         subject.sharded = False
 
 
-def _wrap(block: nn.Module, frozen: set[nn.Parameter], device: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
+def _wrap(block: nn.Module, frozen: set[nn.Parameter], mesh: Any) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     block.register_forward_hook(_own_memory)
-    mesh = init_device_mesh(device, (processes.count(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     made = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=frozen)
     # A step's gradient is the sum over its rows, wherever they ran. Gloo knows no other reduction.
