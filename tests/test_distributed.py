@@ -202,7 +202,11 @@ def pair(tmp_path_factory):
                 [sys.executable, __file__, str(folder)], env={**os.environ, **environment}, stderr=subprocess.PIPE
             )
         )
-    errors = [worker.communicate(timeout=200)[1].decode() for worker in workers]
+    try:
+        errors = [worker.communicate(timeout=280)[1].decode() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(text[-3000:] for text in errors)
     return torch.load(folder / "found.pt", weights_only=False), folder
 
@@ -260,7 +264,10 @@ def launch(request, out, ledger, options=("--multi_gpu",), changes=QUICK):
 
 
 def finished(process):
-    output, errors = process.communicate(timeout=250)
+    try:
+        output, errors = process.communicate(timeout=250)
+    finally:
+        process.kill()  # its processes end with it
     assert process.returncode == 0, errors
     return output
 
