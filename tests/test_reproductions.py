@@ -235,31 +235,32 @@ def loku_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[s
         }.items()
         for what, value in zip(("ma_before", "ma_after", "el_before", "el_after"), values)
     }
-    return rows_of(whole, (120,)), parts, [{"seed": 0, **texts}]
+    return rows_of(whole, (60, 120)), parts, [{"seed": 0, **texts}]
 
 
 def test_each_claim_of_loku_can_fail() -> None:
     whole, parts, texts = loku_rows()
     good = verdicts(loku.judge(whole, parts, texts, 120))
-    assert list(good.values()) == [True] * 6
+    assert list(good.values()) == [True] * 8
 
     def changed(rows: list[dict[str, Any]], where: dict[str, Any], **change: Any) -> list[dict[str, Any]]:
         return [row | change if all(row[key] == value for key, value in where.items()) else row for row in rows]
 
     cases = [
-        (0, (changed(whole, {"run": "ihl"}, retain_nll=0.3), parts, texts)),
-        (0, (changed(whole, {"run": "ihl"}, forget_nll=12.0), parts, texts)),
-        (1, (changed(whole, {"run": "ihl"}, highest=2.1), parts, texts)),
-        (2, (whole, changed(parts, {"method": "ihl", "init": "fila"}, reached_step=None), texts)),
-        (3, (whole, changed(parts, {"method": "ihl", "init": "pissa"}, reached_step=20), texts)),
-        (4, (whole, changed(parts, {"method": "grad_diff"}, reached_retain_accuracy=0.8), texts)),
-        (5, (whole, parts, changed(texts, {}, forget_el_after=0.2))),
-        (5, (whole, parts, changed(texts, {}, retain_ma_after=0.7))),
+        (0, (changed(whole, {"run": "ihl", "step": 60}, retain_nll=0.3), parts, texts)),
+        (1, (changed(whole, {"run": "ihl", "step": 120}, forget_nll=12.0), parts, texts)),
+        (2, (changed(whole, {"run": "ihl"}, highest=2.1), parts, texts)),
+        (3, (whole, changed(parts, {"method": "ihl", "init": "fila"}, reached_step=None), texts)),
+        (4, (whole, changed(parts, {"method": "ihl", "init": "pissa"}, reached_step=20), texts)),
+        (5, (whole, changed(parts, {"method": "grad_diff"}, reached_retain_accuracy=0.8), texts)),
+        (6, (whole, parts, changed(texts, {}, forget_el_after=0.2))),
+        (6, (whole, parts, changed(texts, {}, retain_ma_after=0.7))),
+        (7, (whole, parts, changed(texts, {}, forget_ma_after=0.02))),
     ]
     for place, rows in cases:
         assert list(verdicts(loku.judge(*rows, 120)).values())[place] is False
     never = (whole, changed(parts, {"method": "grad_diff"}, reached_retain_accuracy=None, reached_step=None), texts)
-    assert list(verdicts(loku.judge(*never, 120)).values())[4] is None
+    assert list(verdicts(loku.judge(*never, 120)).values())[5] is None
 
 
 def rmu_runs() -> dict[str, dict[str, Any]]:

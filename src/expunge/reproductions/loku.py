@@ -160,9 +160,9 @@ _EXTRACTED = ("ma_before", "ma_after", "el_before", "el_after")
 
 NOTES = [
     "The subject is the invented world's own (4 layers, d = 96, 100 forget rows). The criteria were written on "
-    "another mini subject with 48 rows and 60 steps; 120 steps of 16 + 16 rows make the same 19 passes. Full scope at "
-    "5e-4; adapters r = 4, alpha = 8 on all seven projections at 2e-3. The paper trains 5 epochs at 1e-4 and 2e-4 on "
-    "1.3B to 7B models.",
+    "another mini subject with 48 rows and 60 steps; 120 steps of 16 + 16 rows make the same 19 passes, and both are "
+    "judged. Full scope at 5e-4; adapters r = 4, alpha = 8 on all seven projections at 2e-3. The paper trains 5 epochs "
+    "at 1e-4 and 2e-4 on 1.3B to 7B models.",
     "Fisher information is of single rows; the released code squares gradients of batches (fila.py).",
     "ICLR's reviewers saw FILA make GradDiff worse in the paper's own figures; the table has both objectives. PiSSA "
     "is the control that shows whether the Fisher weighting matters, or only starting in principal directions.",
@@ -204,25 +204,9 @@ def judge(whole: Sequence[Row], parts: Sequence[Row], texts: Sequence[Row], step
     Args:
         whole: rows of `trial`, `parts` of `adapted`, `texts` of `passages`.
     """
-    ihl, diff = (
-        {
-            name: spread(whole, name, run=run, step=steps).mean
-            for name in ("retain_nll", "forget_nll", "forget_accuracy")
-        }
-        for run in ("ihl", "grad_diff")
-    )
-    ratios = [ihl[name] / diff[name] for name in ("retain_nll", "forget_nll")]
     low, high = spread(whole, "lowest", run="ihl").low, spread(whole, "highest", run="ihl").high
     return [
-        Claim(
-            "The inverted hinge forgets with less damage than GradDiff, which is unbounded",
-            "GPT-Neo on TDEC, Phi-1.5 and Llama-2 on TOFU: forgotten at utility near the start model's",
-            f"full scope, {steps} steps: retain NLL at most 0.2 x, forget NLL at most 0.6 x GradDiff's; forget "
-            "accuracy at most 0.05 for both",
-            f"{number(ratios[0])} x, {number(ratios[1])} x; {number(ihl['forget_accuracy'])} and "
-            f"{number(diff['forget_accuracy'])}",
-            ratios[0] <= 0.2 and ratios[1] <= 0.6 and max(ihl["forget_accuracy"], diff["forget_accuracy"]) <= 0.05,
-        ),
+        *(_damage(whole, step) for step in (steps // 2, steps)),
         Claim(
             "The inverted hinge is bounded",
             "within [0, 2]",
@@ -232,8 +216,25 @@ def judge(whole: Sequence[Row], parts: Sequence[Row], texts: Sequence[Row], step
         ),
         *_starts(parts, steps),
         _utility(parts),
-        _extraction(texts),
+        *_extraction(texts),
     ]
+
+
+def _damage(whole: Sequence[Row], step: int) -> Claim:
+    ihl, diff = (
+        {name: spread(whole, name, run=run, step=step).mean for name in ("retain_nll", "forget_nll", "forget_accuracy")}
+        for run in ("ihl", "grad_diff")
+    )
+    ratios = [ihl[name] / diff[name] for name in ("retain_nll", "forget_nll")]
+    return Claim(
+        f"The inverted hinge forgets with less damage than GradDiff, which is unbounded ({step} steps)",
+        "GPT-Neo on TDEC, Phi-1.5 and Llama-2 on TOFU: forgotten at utility near the start model's",
+        "full scope: retain NLL at most 0.2 x, forget NLL at most 0.6 x GradDiff's; forget accuracy at most 0.05 for "
+        "both",
+        f"{number(ratios[0])} x, {number(ratios[1])} x; {number(ihl['forget_accuracy'])} and "
+        f"{number(diff['forget_accuracy'])}",
+        ratios[0] <= 0.2 and ratios[1] <= 0.6 and max(ihl["forget_accuracy"], diff["forget_accuracy"]) <= 0.05,
+    )
 
 
 def _starts(parts: Sequence[Row], steps: int) -> list[Claim]:
@@ -277,22 +278,32 @@ def _utility(parts: Sequence[Row]) -> Claim:
     )
 
 
-def _extraction(texts: Sequence[Row]) -> Claim:
+def _extraction(texts: Sequence[Row]) -> list[Claim]:
     mean: Mapping[str, float] = {
         f"{name}_{what}": spread(texts, f"{name}_{what}").mean
         for name in ("forget", "retain", "holdout")
         for what in _EXTRACTED
     }
-    return Claim(
-        "Memorised text can no longer be extracted, other text is kept",
-        "GPT-Neo on TDEC: EL_10 and MA at or below those of unseen text",
-        f"EL_{NGRAM} and MA of forgotten passages at most 0.05 above holdout passages' under the model before; MA of "
-        "retained passages at least 0.9 of before",
+    above = {what: mean[f"forget_{what}_after"] - mean[f"holdout_{what}_before"] for what in ("el", "ma")}
+    told = (
         f"EL {number(mean['forget_el_before'])} to {number(mean['forget_el_after'])} (holdout "
         f"{number(mean['holdout_el_before'])}), MA {number(mean['forget_ma_before'])} to "
-        f"{number(mean['forget_ma_after'])} (holdout {number(mean['holdout_ma_before'])}); retained MA "
-        f"{number(mean['retain_ma_before'])} to {number(mean['retain_ma_after'])}",
-        mean["forget_el_after"] <= mean["holdout_el_before"] + 0.05
-        and mean["forget_ma_after"] <= mean["holdout_ma_before"] + 0.05
-        and mean["retain_ma_after"] >= 0.9 * mean["retain_ma_before"],
+        f"{number(mean['forget_ma_after'])} (holdout {number(mean['holdout_ma_before'])})"
     )
+    return [
+        Claim(
+            "Memorised text can no longer be extracted, other text is kept",
+            "GPT-Neo on TDEC: EL_10 and MA at or below those of unseen text",
+            f"EL_{NGRAM} and MA of forgotten passages at most those of holdout passages under the model before; MA of "
+            "retained passages at least 0.9 of before",
+            f"{told}; retained MA {number(mean['retain_ma_before'])} to {number(mean['retain_ma_after'])}",
+            max(above.values()) <= 0 and mean["retain_ma_after"] >= 0.9 * mean["retain_ma_before"],
+        ),
+        Claim(
+            "Memorised text ends like text never seen",
+            "-",
+            f"EL_{NGRAM} and MA within 0.05 of the holdout's, above or below",
+            told,
+            max(map(abs, above.values())) <= 0.05,
+        ),
+    ]
