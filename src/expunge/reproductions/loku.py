@@ -110,7 +110,9 @@ def passages(
     return found
 
 
-@reproduction(paper="arXiv:2408.06621", cost="not measured yet", systems=("ihl", "fila"))
+@reproduction(
+    paper="arXiv:2408.06621", cost="4 min on 2 cores, and 2 once for the models of the worlds", systems=("ihl", "fila")
+)
 def loku(
     case: Case,
     *,
