@@ -75,9 +75,7 @@ def _dual(summary: dict[str, Any], settings: dict[str, Any], forget: int) -> dic
     }
 
 
-@reproduction(
-    paper="arXiv:2404.05868", cost="5 min on 2 cores, and 2 once for the models of the worlds", systems=("npo",)
-)
+@reproduction(paper="arXiv:2404.05868", cost="5 min on 2 cores, and 2 once for the models of the worlds")
 def npo(
     case: Case,
     *,

@@ -60,9 +60,7 @@ def trial(
     return found
 
 
-@reproduction(
-    paper="arXiv:2403.03218", cost="2 min on 2 cores, and 2 once for the models of the worlds", systems=("rmu",)
-)
+@reproduction(paper="arXiv:2403.03218", cost="2 min on 2 cores, and 2 once for the models of the worlds")
 def rmu(
     case: Case,
     *,
