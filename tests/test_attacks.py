@@ -11,13 +11,13 @@ from expunge import registry
 from expunge.attacks.case import Case, carry_out
 from expunge.attacks.decoding import leak_at
 from expunge.attacks.matching import recovered, says
-from expunge.attacks.quantise import round_to_nearest
 from expunge.errors import ParameterError, UnknownNameError
 from expunge.methods.guard.case import GuardCase
 from expunge.methods.guard.output_filter import Filtered, output_filter
 from expunge.methods.optimise.loop import fit
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
+from expunge.subjects.rounding import round_to_nearest
 from expunge.tables import passes
 from expunge.tables.generations import Generations
 from expunge.tables.passes import Generate, Score, Store, run

@@ -66,10 +66,10 @@ def one(
 
     For `relearn`, `half` is the untaught half after relearning, `half before` the same rows before.
     """
-    from .attacks.quantise import round_to_nearest
     from .methods.optimise.loop import fit
     from .request import read_data
     from .run import load_subject
+    from .subjects.rounding import round_to_nearest
     from .tables.passes import Store
 
     made = load(request, fields)

@@ -95,7 +95,9 @@ class Run:
         place = (starts + order).minimum(stops - 1)
         back = None
         if any(family.length < length for family in families):
-            back = (starts + order < stops).flatten().nonzero()[:, 0]
+            # Not by nonzero: plans run passes without weights, on no device at all.
+            real = [number * length + at for number, family in enumerate(families) for at in range(family.length)]
+            back = torch.tensor(real, device=device)
         branches = [family.branch for family in families if family.branch is not None]
         branch = nn.utils.rnn.pad_sequence(branches, batch_first=True) if branches else None
         seen = [family.sees for family in families if family.sees is not None]
