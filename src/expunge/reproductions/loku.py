@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from ..benchmarks.tdec import extraction_likelihood
+from ..benchmarks.extraction import extraction_likelihood
 from ..evidence import Table
 from ..methods.optimise.loop import Training, fit
 from ..methods.optimise.unlearn import unlearn
