@@ -22,11 +22,11 @@ from expunge.metrics.gold_distance import gold_distance
 from expunge.metrics.loss import loss
 from expunge.metrics.memorization_score import PARTS, memorization_score
 from expunge.metrics.model_utility import model_utility
-from expunge.metrics.ngram_entropy import entropy, ngram_entropy
+from expunge.metrics.ngram_entropy import ngram_entropy
 from expunge.metrics.perplexity import perplexity
 from expunge.metrics.quantities import hit_suffix, log_truth_ratio, smallest_means
 from expunge.metrics.rouge import rouge
-from expunge.metrics.texts import overlap
+from expunge.metrics.texts import entropy, overlap
 from expunge.metrics.truth_ratio import truth_ratio
 from expunge.metrics.two_samples import ks_distance, ks_log10_p, wasserstein
 from expunge.metrics.values import median_of

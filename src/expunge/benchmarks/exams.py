@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import RowError
 from ..evidence import Measured
-from ..metrics.ngram_entropy import text_entropy
+from ..metrics.texts import text_entropy
 from ..rows import SUFFIXES, Row, Source, records, shown
 from ..tables.generations import Generations
 from ..tables.passes import Ask, Generate, Score

@@ -5,34 +5,12 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Sequence
-
 import numpy as np
 
 from ..registry import metric
 from ..tables.view import View
-from .texts import empty_outputs
+from .texts import empty_outputs, text_entropy
 from .values import Values, averages
-
-WEIGHTS = {2: 2 / 3, 3: 4 / 3}
-_WORD = re.compile(r"\w+|[^\w\s]")
-
-
-def entropy(words: Sequence[str], n: int) -> float:
-    """H_n in bits; 0 for fewer than n words."""
-    counts = np.array(list(Counter(zip(*(words[i:] for i in range(n)))).values()), dtype=np.float64)
-    if not len(counts):
-        return 0.0
-    shares = counts / counts.sum()
-    return float(-(shares * np.log2(shares)).sum())
-
-
-def text_entropy(text: str) -> float:
-    """(2/3 H2 + 4/3 H3) / 2 of one text in bits; words and punctuation marks count."""
-    words = _WORD.findall(text)
-    return sum(weight * entropy(words, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
 
 
 @metric(

@@ -6,6 +6,8 @@ maybe.": recall 1 for `rouge_score`, 0 for `rouge`, to which "Tivin," is another
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
@@ -121,3 +123,22 @@ def empty_outputs(view: View, rows: str) -> str:
     outputs = [text for texts in view.outputs(rows) for text in texts]
     empty = sum(not text.strip() for text in outputs)
     return f"{empty} of {len(outputs)} outputs are empty" if empty * 2 > len(outputs) else ""
+
+
+ENTROPY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+_WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
+
+
+def entropy(words: Sequence[str], n: int) -> float:
+    """H_n in bits; 0 for fewer than n words."""
+    counts = np.array(list(Counter(zip(*(words[i:] for i in range(n)))).values()), dtype=np.float64)
+    if not len(counts):
+        return 0.0
+    shares = counts / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def text_entropy(text: str) -> float:
+    """(2/3 H2 + 4/3 H3) / 2 of one text in bits; words and punctuation marks count."""
+    words = _WORD_OR_MARK.findall(text)
+    return sum(weight * entropy(words, n) for n, weight in ENTROPY_WEIGHTS.items()) / len(ENTROPY_WEIGHTS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..metrics.ngram_entropy import entropy
+from ..metrics.texts import entropy
 from ..registry import reproduction
 from ..subjects.language import LanguageModel
 from .case import Case, Claim, Findings, Row, number, spread
