@@ -408,3 +408,4 @@ def test_one_process_needs_no_launch():
 
 if __name__ == "__main__":
     worker(Path(sys.argv[1]))
+    processes.leave(0)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence, Sized
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from .errors import LaunchError
 
@@ -85,6 +85,18 @@ def end() -> None:
 
         once(lambda: None)
         torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, with the others of its launch if it has any.
+
+    Taking the interpreter apart under threads that still serve the other processes may abort, after all is written.
+    """
+    if launched()[1] > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _end_with(parent: int) -> None:
