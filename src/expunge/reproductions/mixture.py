@@ -7,14 +7,10 @@ wordings of its own, all in invented names; and a Mixtral of 0.4 M parameters tr
 
 from __future__ import annotations
 
-import fcntl
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +21,7 @@ from ..methods.optimise.terms import Step, negative_log_likelihood
 from ..rows import Row
 from ..subjects.language import LanguageModel, Taps
 from ..subjects.packed import Encoded
-from ..tables.store import content_key
-from ..world.build import PACKAGES, cache_folder
+from ..world.build import kept
 
 DOMAINS: dict[str, dict[str, tuple[str, str]]] = {
     "people": {
@@ -125,20 +120,12 @@ def corpus(seed: int, sizes: Sizes) -> dict[str, list[Row]]:
 
 @cache
 def mixture(seed: int, sizes: Sizes) -> Mixture:
-    """The model of this seed: trained the first time, found in the user's cache afterwards.
-
-    Trials that start together wait for whichever trains it.
-    """
+    """The model of this seed: trained the first time, found in the user's cache afterwards."""
     rows = corpus(seed, sizes)
     every = [row for some in rows.values() for row in some]
     retain = [row for domain, some in rows.items() if domain != FORGET for row in some]
-    key = content_key(
-        [[row.prompt, row.answer] for row in every], asdict(sizes), seed, [version(name) for name in PACKAGES]
-    )
-    folder = cache_folder() / "mixture" / key
-    with _alone(folder):
-        if not (folder / "model" / "config.json").is_file():
-            _taught(every, sizes, seed).save(folder / "model")
+    content = [[[row.prompt, row.answer] for row in every], asdict(sizes), seed]
+    folder = kept("mixture", content, lambda folder: _taught(every, sizes, seed).save(folder / "model"))
     return Mixture(LanguageModel.load(folder / "model", device="cpu"), {"forget": rows[FORGET], "retain": retain})
 
 
@@ -207,12 +194,3 @@ def _untaught(rows: Sequence[Row], sizes: Sizes, seed: int) -> LanguageModel:
     )
     torch.manual_seed(seed)
     return LanguageModel(MixtralForCausalLM(config), tokenizer)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
