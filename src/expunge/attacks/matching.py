@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 from ..metrics.texts import overlap
 from ..rows import Row
-
-
-def normalise(text: str) -> str:
-    """Lower case, no accents, words parted by single spaces."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
-    return " ".join(re.findall(r"\w+", plain))
+from ..wording import normalise
 
 
 def says(text: str, wanted: str, prompt: str = "") -> bool:

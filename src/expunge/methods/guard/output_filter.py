@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...errors import ParameterError
 from ...registry import guard
 from ...tables.generations import Generations
 from .case import GuardCase, Guarded
+from .forbidden import Forbidden, answers
 
 
 class Filtered(Guarded):
-    """A subject whose outputs are withheld when they contain a forbidden string."""
+    """A subject whose outputs are withheld when something forbidden stands in them."""
 
-    def __init__(self, inner: Any, forbidden: Sequence[str], refusal: str) -> None:
-        self.forbidden = tuple(sorted({text.casefold() for text in forbidden if text.strip()}))
+    def __init__(self, inner: Any, forbidden: Forbidden, refusal: str) -> None:
+        self.forbidden = forbidden
         self.refusal = refusal
-        super().__init__(inner, "output_filter", "behind an output filter", list(self.forbidden), refusal)
+        told = sorted(" ".join(run) for run in forbidden.runs)
+        super().__init__(inner, "output_filter", "behind an output filter", told, refusal)
 
     def generate(self, *arguments: Any, **options: Any) -> Generations:
         made = self.inner.generate(*arguments, **options)
         return replace(made, texts=[[self._pass(text) for text in texts] for texts in made.texts])
 
     def _pass(self, text: str) -> str:
-        lowered = text.casefold()
-        return self.refusal if any(word in lowered for word in self.forbidden) else text
+        return self.refusal if self.forbidden.within(text) else text
 
 
 @guard(
@@ -34,10 +35,25 @@ class Filtered(Guarded):
     requires=("forget_data",),
     keeps=("the forgotten answers, as the list of forbidden strings",),
     sequential="free",
-    cost="one string search per output",
+    cost="a few look-ups per word of output",
     known_weaknesses=("logit_lens",),
 )
-def output_filter(case: GuardCase, *, refusal: str = "I don't know.") -> Filtered:
-    """Withhold any output that contains a forgotten value (Thaker et al. 2024). The weights stay as they are."""
-    forget = case.rows.get("forget", [])
-    return Filtered(case.subject, [text for row in forget for text in (row.value or row.answer, *row.aliases)], refusal)
+def output_filter(case: GuardCase, *, refusal: str = "I don't know.", run: int = 5) -> Filtered:
+    """Withhold any output that contains a forgotten value (Thaker et al. 2024). The weights stay as they are.
+
+    Rows without a value forbid their answer: as it stands if it is short, else every run of `run` words of it that no
+    retained answer has. Case, accents and punctuation do not matter.
+
+    Args:
+        refusal: what is said instead.
+        run: number of consecutive words, at least 1.
+
+    Raises:
+        ParameterError: `run` is below 1.
+    """
+    if run < 1:
+        raise ParameterError(f"output_filter: run = {run}: at least one word is needed")
+    forbidden = Forbidden(
+        answers(case.rows.get("forget", [])), allowed=[row.answer for row in case.rows.get("retain", [])], run=run
+    )
+    return Filtered(case.subject, forbidden, refusal)
