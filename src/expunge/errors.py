@@ -69,6 +69,12 @@ class AccessError(ExpungeError):
     code = "E340"
 
 
+class AgentError(ExpungeError):
+    """A language model that works for a guard or an attack cannot be reached, or answers something unusable."""
+
+    code = "E350"
+
+
 class TrainingError(ExpungeError):
     """The optimisation broke: a loss that is not finite, nothing that receives a gradient."""
 
