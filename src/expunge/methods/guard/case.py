@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ...rows import Row
 from ...tables.store import content_key
@@ -18,6 +18,43 @@ class GuardCase:
     subject: Any
     """A LanguageModel, or another guard."""
     rows: dict[str, list[Row]]
+
+
+class Outlet(Protocol):
+    """What one answer passes through on its way out, piece by piece (`expunge serve`)."""
+
+    refusal: str
+    withheld: bool
+    """Whether the rest is not shown; where the answer is shown as a whole, the refusal stands for all of it."""
+
+    def feed(self, piece: str) -> str:
+        """What may be shown now."""
+        ...
+
+    def close(self) -> str:
+        """The answer is complete: what is still to be shown."""
+        ...
+
+
+class Chain:
+    """Two outlets, one behind the other."""
+
+    def __init__(self, first: Outlet, second: Outlet) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def withheld(self) -> bool:
+        return self.first.withheld or self.second.withheld
+
+    @property
+    def refusal(self) -> str:
+        return self.second.refusal if self.second.withheld else self.first.refusal
+
+    def feed(self, piece: str) -> str:
+        return self.second.feed(self.first.feed(piece))
+
+    def close(self) -> str:
+        return self.second.feed(self.first.close()) + self.second.close()
 
 
 class Guarded:
@@ -43,6 +80,11 @@ class Guarded:
     def fingerprint(self) -> str:
         """sha256 over the guard's settings and the subject inside."""
         return hashlib.sha256(content_key(*self._own, self.inner.fingerprint).encode()).hexdigest()
+
+    def outlet(self, question: str) -> Outlet | None:
+        """What an answer to this question passes through; None where texts leave as they are written."""
+        inner = getattr(self.inner, "outlet", None)
+        return inner(question) if inner else None
 
     def detach(self) -> Any:
         """The subject inside, as it always was."""

@@ -8,8 +8,8 @@ from typing import Any
 from ...errors import ParameterError
 from ...registry import guard
 from ...tables.generations import Generations
-from .case import GuardCase, Guarded
-from .forbidden import Forbidden, answers
+from .case import Chain, GuardCase, Guarded, Outlet
+from .forbidden import Forbidden, Withholding, answers
 
 
 class Filtered(Guarded):
@@ -24,6 +24,11 @@ class Filtered(Guarded):
     def generate(self, *arguments: Any, **options: Any) -> Generations:
         made = self.inner.generate(*arguments, **options)
         return replace(made, texts=[[self._pass(text) for text in texts] for texts in made.texts])
+
+    def outlet(self, question: str) -> Outlet:
+        own = Withholding(self.forbidden, self.refusal)
+        inner = super().outlet(question)
+        return Chain(inner, own) if inner else own
 
     def _pass(self, text: str) -> str:
         return self.refusal if self.forbidden.within(text) else text
