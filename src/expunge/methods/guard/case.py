@@ -23,9 +23,15 @@ class GuardCase:
 class Outlet(Protocol):
     """What one answer passes through on its way out, piece by piece (`expunge serve`)."""
 
-    refusal: str
-    withheld: bool
-    """Whether the rest is not shown; where the answer is shown as a whole, the refusal stands for all of it."""
+    @property
+    def refusal(self) -> str:
+        """What is said in place of what is withheld."""
+        ...
+
+    @property
+    def withheld(self) -> bool:
+        """Whether the rest is not shown; where the answer is shown as a whole, the refusal stands for all of it."""
+        ...
 
     def feed(self, piece: str) -> str:
         """What may be shown now."""
