@@ -8,6 +8,7 @@ Importing the package is cheap: every function imports what it needs when it is 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from .subjects.language import LanguageModel
 
     __version__: str
+
+# Large tensors on huge pages where Linux gives them on request: most of what a large operation waits for on a CPU is
+# fresh memory. PyTorch reads this when it allocates for the first time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["__version__", "audit", "bench", "forget", "load"]
 

@@ -7,6 +7,7 @@ even one buffer is too large, chunks are computed again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ KEEP_ELEMENTS = 1 << 26
 """Logits kept from the forward to the backward pass (256 MiB in fp32); beyond, they are recomputed."""
 CHUNK_ELEMENTS = 1 << 23
 """Logits of one chunk when they are recomputed."""
+BLOCK_ELEMENTS = 1 << 20
+"""Logits of one block of rows: 4 MiB in fp32."""
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -28,9 +31,9 @@ class _LinearLogprob(torch.autograd.Function):
             size = max(1, hidden.shape[0])
         values, normalisers, kept = [], [], None
         for h, t in zip(hidden.split(size), target.split(size)):
-            logits = F.linear(h, weight, bias).float()
+            logits = F.linear(h, weight, bias)
             normaliser = _logsumexp(logits)
-            values.append(logits.gather(1, t[:, None])[:, 0] - normaliser)
+            values.append(logits.gather(1, t[:, None])[:, 0].float() - normaliser)
             normalisers.append(normaliser)
             kept = logits if keep and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normalisers))
@@ -43,34 +46,45 @@ class _LinearLogprob(torch.autograd.Function):
         size, kept, ctx.kept = ctx.size, ctx.kept, None
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
-        to_weight = torch.zeros_like(weight) if wants_weight else None
+        to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias) if wants_bias else None
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            h, t = hidden[part], target[part]
-            z = kept if kept is not None else F.linear(h, weight, bias).float()
-            # d logprob / d logits = onehot - softmax, built in the logits' own memory.
-            z.sub_(normaliser[part, None]).exp_().neg_()
-            z.scatter_add_(1, t[:, None], torch.ones_like(z[:, :1]))
-            z.mul_(gradients[0][part, None])
-            z = z.to(hidden.dtype)
+            h = hidden[part]
+            z = kept if kept is not None else F.linear(h, weight, bias)
+            _logits_to_gradient(z, target[part], normaliser[part], gradients[0][part])
             if to_hidden is not None:
                 to_hidden[part] = z @ weight
-            if to_weight is not None:
-                to_weight.addmm_(z.T, h)
+            if wants_weight:
+                to_weight = z.T @ h if to_weight is None else to_weight.addmm_(z.T, h)
             if to_bias is not None:
                 to_bias += z.sum(0)
         return to_hidden, to_weight, to_bias, None
 
 
+def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Rows in blocks small enough that what is done to one stays in cache."""
+    size = max(1, BLOCK_ELEMENTS // vocabulary)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
 def _logsumexp(logits: Tensor) -> Tensor:
-    """(n,) normalisers; row blocks small enough to stay in cache, where torch.logsumexp is slow on wide rows."""
-    rows = max(1, (1 << 20) // logits.shape[1])
+    """(n,) fp32 normalisers; torch.logsumexp is slow on wide rows."""
     parts = []
-    for block in logits.split(rows):
-        top = block.amax(1, keepdim=True)
-        parts.append((block - top).exp_().sum(1).log_() + top[:, 0])
+    for block in _blocks(*logits.shape):
+        z = logits[block].float()
+        top = z.amax(1, keepdim=True)
+        parts.append((z - top).exp_().sum(1).log_() + top[:, 0])
     return torch.cat(parts)
+
+
+def _logits_to_gradient(logits: Tensor, target: Tensor, normaliser: Tensor, gradient: Tensor) -> None:
+    """Turn logits (n, V), in their own memory, into gradient (n,) times d logprob / d logits = onehot - softmax."""
+    for block in _blocks(*logits.shape):
+        z = logits[block].float()  # the logits themselves where they are fp32
+        z.sub_(normaliser[block, None]).exp_().mul_(-gradient[block, None])
+        z.scatter_add_(1, target[block, None], gradient[block, None])
+        logits[block] = z
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
