@@ -42,6 +42,8 @@ class ProbeRun:
     note: str = ""
     status: str = "scored"
     """scored, or skipped: <why>. A skipped probe is never a score of 0."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Further figures by name."""
 
     @property
     def score(self) -> float:

@@ -370,6 +370,24 @@ def _hub(source: Source) -> Iterator[Record]:
         yield f"{source.path}: row {number}", record
 
 
+def folder_of(source: str) -> Path:
+    """The folder of a data set that is more than rows: itself, or that of a hub data set's json files, downloaded once.
+
+    Raises:
+        RowError: no such folder or hub id.
+    """
+    path = Path(source)
+    if path.exists() or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.json", "*.jsonl"]))
+    except Exception as error:  # the library raises many kinds for unknown names and no connection
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RowError(f"{source}: no such folder, and as a hub data set: {reason}") from None
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,9 @@ from ..tables.passes import Ask, Generate, Progress, Store, run
 from ..tables.store import content_key
 from .matching import recovered
 
-CODE = 2
+READ = ("forget", "retain", "neighbour", "holdout")
+"""Row sets that attacks read."""
+CODE = 3
 """Raised when an attack would find something else on the same model."""
 
 
@@ -93,6 +95,8 @@ class Found:
     note: str = ""
     status: str = "scored"
     """scored, `skipped: why`, or `uninformative: why` where the model was broken by the attack itself."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Further figures that a reader of the run needs, e.g. how well a probe tells what it is to tell."""
 
 
 Attack = Generator[Ask, Any, Found]
@@ -186,6 +190,7 @@ def _step(
             found.curve_label,
             found.note,
             found.status,
+            dict(found.numbers),
         )
         text = json.dumps(asdict(runs[number]), ensure_ascii=False)
         store.keep(key, lambda path: write_text(path, text))
@@ -195,7 +200,7 @@ def _step(
 
 def _content(case: Case) -> list[Any]:
     """What a probe run depends on beside its settings and the model."""
-    rows = {name: [asdict(row) for row in rows] for name, rows in case.rows.items() if name in ("forget", "retain")}
+    rows = {name: [asdict(row) for row in rows] for name, rows in case.rows.items() if name in READ}
     return [case.seed, case.max_new_tokens, rows]
 
 

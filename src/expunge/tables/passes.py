@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import processes
 from ..rows import Row
@@ -50,9 +50,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Residual streams at the last token of prompts: answered by a tensor (n, blocks + 1, d)."""
+    """Residual streams at one token of prompts: answered by a tensor (n, blocks + 1, d)."""
 
     prompts: tuple[tuple[Row, str | None], ...]
+    at: Literal["end", "entity"] = "end"
+    """The last token of the prompt, or the last one of the row's entity where the prompt names it."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +176,11 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
             done += len(several)
     looking = [i for i in open_ if isinstance(asks[i], Hidden)]
     if looking:
-        texts = [[subject.prompt_text(row, q) for row, q in _looks(asks[i])] for i in looking]
-        order = _distinct(text for several in texts for text in several)
-        states = subject.hidden(list(order))
-        for i, several in zip(looking, texts):
-            answers[i] = states[[order[text] for text in several]]
+        looked = [[_looked(subject, asks[i], row, q) for row, q in _looks(asks[i])] for i in looking]
+        places = _distinct(place for several in looked for place in several)
+        states = subject.hidden([text for text, _ in places], [end for _, end in places])
+        for i, several in zip(looking, looked):
+            answers[i] = states[[places[place] for place in several]]
             done += len(several)
     if progress and total:
         progress(total, total)
@@ -236,6 +238,14 @@ def _items(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None, str | None
 
 def _looks(ask: Ask) -> tuple[tuple[Row, str | None], ...]:
     return ask.prompts if isinstance(ask, Hidden) else ()
+
+
+def _looked(subject: Any, ask: Ask, row: Row, question: str | None) -> tuple[str, int | None]:
+    """(prompt, how many of its characters stand up to the token that is looked at; None: all)"""
+    text = subject.prompt_text(row, question)
+    if getattr(ask, "at", "end") == "end" or not row.entity or row.entity not in text:
+        return text, None
+    return text, text.rindex(row.entity) + len(row.entity)
 
 
 def _routed(ask: Ask) -> tuple[Row, ...]:
