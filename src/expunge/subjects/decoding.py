@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .contexts import Contexts, Whole, can_cut, read
+from .contexts import Contexts, Read, Whole, can_cut, read
 from .language import TOKEN_BUDGET, LanguageModel
 
 CACHE_BYTES = 1 << 29
@@ -82,15 +82,27 @@ class Started:
 
 
 @torch.no_grad()
-def start(subject: LanguageModel, prompts: Sequence[Sequence[int]], limit: int, samples: int = 1) -> Started:
+def start(
+    subject: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    samples: int = 1,
+    look: Callable[[Read], None] | None = None,
+) -> Started:
     """Prompts that were read, each `samples` times; errors as the model's.
 
     Args:
         limit: how many tokens may follow.
+        look: gets what was read of the prompts.
     """
     lines = torch.arange(len(prompts), device=subject.device).repeat_interleave(samples)
-    if can_cut(subject, max(map(len, prompts)) + limit):
+    cut = can_cut(subject, max(map(len, prompts)) + limit)
+    if look and not cut:
+        look(read(subject, prompts, keep=False))
+    if cut:
         found = read(subject, prompts)
+        if look:
+            look(found)
         last = torch.stack([at[-1] for at in found.places])
         contexts = Contexts(found.layers, [found.places[i] for i in lines.tolist()])
         return Started(subject, contexts, subject.head(found.states[last])[lines])
@@ -119,6 +131,9 @@ def decode(
         top_p: sample from the fewest likeliest tokens that have this much probability together.
         noise: (prompts, samples, limit) uniform numbers, for sampling.
     """
+    width = getattr(subject, "beams", 1)
+    if noise is None and width > 1:
+        return [one for prompt in prompts for one in [search(subject, prompt, limit, width)] * samples]
     going_on = subject.start(prompts, limit, samples)
     logits = going_on.logits
     stops = torch.tensor(sorted(subject.stop_ids), device=subject.device)
@@ -143,6 +158,41 @@ def decode(
             line, token, going = line[index], token[index], going[index]
         logits = going_on.follow(token)
     return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
+
+
+@torch.no_grad()
+def search(subject: LanguageModel, prompt: Sequence[int], limit: int, width: int) -> Written:
+    """The output with the highest mean log-probability per token, end token included, that a beam search finds.
+
+    The `width` likeliest unfinished beginnings are kept. It ends when as many outputs have ended by themselves.
+    """
+    going_on = subject.start([prompt], limit, width)
+    logits = going_on.logits
+    stops = subject.stop_ids
+    begun: list[list[int]] = [[] for _ in range(width)]
+    # They are all alike at first: only one of them may go on.
+    total = torch.full((width,), -torch.inf, device=subject.device)
+    total[0] = 0.0
+    ended: list[tuple[float, list[int]]] = []
+    for step in range(limit):
+        scores = total[:, None] + logits.float().log_softmax(-1)
+        best, at = scores.flatten().topk(min(2 * width, scores.numel()))
+        kept: list[tuple[float, int, int]] = []
+        for score, place in zip(best.tolist(), at.tolist()):
+            row, token = divmod(place, scores.shape[1])
+            if token in stops and score > -torch.inf:
+                ended.append((score / (step + 1), begun[row]))
+            elif token not in stops and len(kept) < width:
+                kept.append((score, row, token))
+        begun = [[*begun[row], token] for _, row, token in kept]
+        total = torch.tensor([score for score, _, _ in kept], device=subject.device)
+        if step + 1 == limit or len(ended) >= width or not begun or total[0] == -torch.inf:
+            break
+        going_on.keep(torch.tensor([row for _, row, _ in kept], device=subject.device))
+        logits = going_on.follow(torch.tensor([token for _, _, token in kept], device=subject.device))
+    if ended:
+        return max(ended, key=lambda one: one[0])[1], True
+    return begun[0], False
 
 
 def _choice(temperature: float, top_p: float, noise: Tensor | None) -> Callable[[Tensor, Tensor, int], Tensor]:
