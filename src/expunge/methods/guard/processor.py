@@ -35,7 +35,7 @@ class GuardLogits(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         found = scores.float().clone()
-        lines = {}
+        lines: dict[tuple[int, ...], Restricted | None] = {}
         for place, row in enumerate(input_ids.tolist()):
             key = tuple(row)
             line = lines[key] if key in lines else self._line(key)
