@@ -13,9 +13,10 @@ from expunge.errors import ParameterError, RequestError
 from expunge.methods.guard.case import GuardCase
 from expunge.methods.guard.forbidden import Forbidden
 from expunge.methods.guard.gate import Names, Phrases, shortened, train
-from expunge.methods.guard.guard import FLOOR, guard
+from expunge.methods.guard.guard import guard
 from expunge.methods.guard.pieces import Line, Pieces
 from expunge.methods.guard.processor import GuardLogits
+from expunge.methods.guard.restriction import FLOOR
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
 from expunge.wording import words

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .guard import Restricted, Restriction
+from .restriction import Restricted, Restriction
 
 
 class GuardLogits(LogitsProcessor):
