@@ -1,8 +1,8 @@
 """A language model that is restricted where a prompt is about what is forgotten: what `guard` makes.
 
-Prompts are read once: the classifier looks at the hidden states that decoding starts from, and keys and values are kept.
-Outputs are read as text while their tokens come (guard/pieces.py), so that tokens that would say something forbidden get
-no probability, however it is spelt.
+Prompts are read once: the classifier looks at the hidden states that decoding starts from, and keys and values are
+kept. Outputs are read as text while their tokens come (guard/pieces.py), so that tokens that would say something
+forbidden get no probability, however it is spelt.
 """
 
 from __future__ import annotations
