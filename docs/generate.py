@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge import cards, evidence
+from expunge.audit import STANDARD
 from expunge.cards import card_dict, first_sentence
 from expunge.registry import ROOMS, Part, parts
 from expunge.request import schema
@@ -30,7 +31,9 @@ COLUMNS = {
 }
 INTRODUCTION = {
     "methods": "How to forget. Parameters: `method: {name: npo, beta: 0.2}` in the request, or `--set beta=0.2`.",
-    "attacks": "How the audit tries to bring the knowledge back. All run by default, at the budget of their defaults.",
+    "attacks": "How the audit tries to bring the knowledge back. By default these run: "
+    + ", ".join(f"`{name}`" for name in STANDARD)
+    + "; a request names others: `audit: {attacks: [direct, many_shot, {relearn: {steps: 64}}]}`.",
     "metrics": "What is measured before, after and on gold. A number is an interval over forget entities.",
     "benchmarks": "Published data with its published protocol: `expunge bench NAME MODEL [--gold M] [--data PATH]`. "
     "Without data: a mini version about the invented world, in the very same format.",

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import tiny
 
-from expunge import registry
 from expunge.attacks.case import Case, carry_out
 from expunge.attacks.decoding import leak_at
 from expunge.attacks.matching import recovered, says
+from expunge.audit import STANDARD
 from expunge.errors import ParameterError, UnknownNameError
 from expunge.methods.guard.case import GuardCase
 from expunge.methods.guard.output_filter import Filtered, output_filter
@@ -147,14 +147,14 @@ def test_text_attacks_score_one_on_an_oracle_and_zero_on_a_refuser(knowing, name
     assert attack(Says(knowing, lambda _: "I don't know."), name, **settings).score == 0
 
 
-def test_a_model_that_knows_is_found_out_by_every_probe(knowing):
-    for part in registry.parts("attacks"):
-        if part.name == "paraphrase":  # this model never saw another wording
+def test_a_model_that_knows_is_found_out_by_every_standard_probe(knowing):
+    for name in STANDARD:
+        if name == "paraphrase":  # this model never saw another wording
             continue
-        found = attack(knowing, part.name)
-        assert found.status == "scored" or "falls" in found.status, part.name
+        found = attack(knowing, name)
+        assert found.status == "scored" or "falls" in found.status, name
         if found.status == "scored":
-            assert found.score >= 0.9, part.name
+            assert found.score >= 0.9, name
         assert found.budget["queries"] >= 5
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import limits, registry, routing, side_effects
 from .attacks.case import Case, carry_out
+from .attacks.written import Written
 from .errors import MismatchError, RequestError
 from .evidence import Evidence, Judged, ProbeRun, Routing, SelfTest, Verdict
 from .metrics.measure import Asked, measure_all
@@ -19,6 +21,10 @@ from .verdict import Judgement, Rules, Runs, auc, decide, judge, null
 
 Progress = Callable[[str, int, int], None]
 Attacks = Sequence[tuple[str, dict[str, Any]]]
+
+STANDARD = ("decoding", "direct", "logit_lens", "paraphrase", "quantise", "quantise_8bit", "relearn")
+"""What runs unless a request names attacks: one or two cheap ones of each group. The others cost more, or need to be
+chosen for a subject."""
 
 PROOF: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {"decoding": {"samples": 8}, "relearn": {"steps": 16}},
@@ -31,8 +37,8 @@ FLAGS_OF_GUARDS = "keeps_forget_data"
 
 
 def battery(proof: str = "standard") -> list[tuple[str, dict[str, Any]]]:
-    """All registered attacks at the budget of a depth of proof."""
-    return [(part.name, PROOF[proof].get(part.name, {})) for part in registry.parts("attacks")]
+    """The attacks of an audit that names none, at the budget of a depth of proof."""
+    return [(name, PROOF[proof].get(name, {})) for name in STANDARD]
 
 
 def audit(
@@ -67,7 +73,7 @@ def audit(
         golds: models trained without the forget rows, one per seed.
         data: row sets by name; `forget` is needed, `retain`, `neighbour`, `holdout`, `general` are used where given.
         folder: where tables are kept (`folder/tables`); what is there is not computed again.
-        attacks: (name, settings); all of them at the budget of `proof` by default.
+        attacks: (name, settings); `STANDARD` at the budget of `proof` by default.
         max_new_tokens: length of answers; by default the longest known answer and a few tokens.
         self_test: try the instrument on the model before, held-out golds and a filter around the model before.
         shared: a second folder of tables that other runs use too.
@@ -83,6 +89,7 @@ def audit(
     asked = list(attacks) if attacks is not None else battery(proof)
     limit = max_new_tokens or longest_answer(after, data)
     store = Store(folder / "tables", shared)
+    written = Written(store)
     spent = dict(cost or {})
     models: dict[str, Any] = {"before": before} if before is not None else {}
     models |= {"after": after, **{f"gold/{i}": gold for i, gold in enumerate(golds)}}
@@ -93,7 +100,7 @@ def audit(
         began = time.monotonic()
         views[role] = ask_all(model, data, limit, store, name=role, progress=_phase(progress, f"ask: {role}"))
         middle = time.monotonic()
-        case = Case(model, data, seed, limit)
+        case = Case(model, data, seed, limit, written)
         runs[role] = carry_out(case, asked, store, _phase(progress, f"attack: {role}"))
         spent[f"ask: {role}"] = {"seconds": round(middle - began, 3)}
         spent[f"attack: {role}"] = {"seconds": round(time.monotonic() - middle, 3)}
@@ -121,7 +128,9 @@ def audit(
     began = time.monotonic()
     tested = None
     if self_test and before is not None:
-        tested = _self_test(before, data, asked, all_runs, chance, rules, access, seed, limit, store, progress)
+        tested = _self_test(
+            Case(before, data, seed, limit, written), asked, all_runs, chance, rules, access, store, progress
+        )
         spent["self-test"] = {"seconds": round(time.monotonic() - began, 3)}
     card = (method or {}).get("card") or {}
     flags = [effect.flag for effect in effects if effect.raised]
@@ -197,23 +206,24 @@ def _caveats(probes: Sequence[Judged]) -> None:
 
 
 def _self_test(
-    before: Any,
-    data: dict[str, list[Row]],
+    case: Case,
     attacks: Attacks,
     runs: Runs,
     chance: dict[str, float],
     rules: Rules,
     access: str,
-    seed: int,
-    limit: int,
     store: Store,
     progress: Progress | None,
 ) -> SelfTest:
-    """Judge models whose truth is known; each must come out right, or no verdict is printed."""
+    """Judge models whose truth is known; each must come out right, or no verdict is printed.
+
+    Args:
+        case: of the model before.
+    """
     from .methods.guard.case import GuardCase
 
-    filtered = registry.get("methods", "output_filter").function(GuardCase(before, data))
-    hidden = carry_out(Case(filtered, data, seed, limit), attacks, store, _phase(progress, "self-test"))
+    filtered = registry.get("methods", "output_filter").function(GuardCase(case.subject, case.rows))
+    hidden = carry_out(replace(case, subject=filtered), attacks, store, _phase(progress, "self-test"))
     cases: list[dict[str, Any]] = []
 
     def tried(name: str, wanted: tuple[str, ...], forbidden: tuple[str, ...], judged: Runs) -> Verdict:

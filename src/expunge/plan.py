@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from . import registry, routing
+from .agents import Task
 from .attacks.case import Case
+from .attacks.written import Written
 from .audit import battery
 from .costs import Pass, Structure, kept, structure
 from .errors import SubjectError
@@ -289,10 +291,18 @@ def product_rate(tokens: int, shape: Structure, dtype: torch.dtype) -> float:
 # --- the audit -------------------------------------------------------------------------------------------------------
 
 
+class _Offline(Written):
+    """Plans ask no agent: what is written offline stands for it."""
+
+    def lists(self, name: str, tasks: Sequence[Task], parse: Callable[[str], list[Any]]) -> list[list[Any]]:
+        return super().lists("offline", tasks, parse)
+
+
 @dataclass(frozen=True)
 class _Watched(Case):
     """A case whose asks are written down and answered with nothing."""
 
+    written: Written = field(default_factory=_Offline)
     asked: list[Ask] = field(default_factory=list)
     copies: list[Ask] = field(default_factory=list)
     """What changed copies of the subject were asked."""

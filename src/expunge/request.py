@@ -94,7 +94,9 @@ Named = str | dict[str, dict[str, Any]]
 class AuditSettings(_Strict):
     """How the result is attacked and measured."""
 
-    attacks: list[Named] | None = Field(None, description="Names, or {name: settings}; all by default.")
+    attacks: list[Named] | None = Field(
+        None, description="Names, or {name: settings}; the standard ones by default (see Attacks)."
+    )
     metrics: list[Named] | None = Field(None, description="Names, or {name: settings}; all by default.")
     seed: Seed = Field(0, description="Of bootstrap, sampling and relearning.")
     bootstrap: Annotated[int, Field(ge=100)] = Field(1000, description="Resamples of entities.")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import registry
 from ..cards import AttackCard
@@ -26,10 +26,9 @@ from ..files import write_text
 from ..rows import Row
 from ..tables.passes import Ask, Generate, Progress, Store, run
 from ..tables.store import content_key
-from .matching import recovered
+from .matching import chosen, recovered
+from .written import Written
 
-READ = ("forget", "retain", "neighbour", "holdout")
-"""Row sets that attacks read."""
 CODE = 3
 """Raised when an attack would find something else on the same model."""
 
@@ -44,6 +43,8 @@ class Case:
     """Row sets by name; `forget` is what should be gone."""
     seed: int = 0
     max_new_tokens: int = 16
+    written: Written = field(default_factory=Written)
+    """What agents wrote; one for all models, so that all are asked the same."""
 
     @property
     def forget(self) -> list[Row]:
@@ -68,7 +69,7 @@ class Case:
         from ..methods.optimise.loop import fit
 
         fit(
-            getattr(subject, "inner", subject),
+            innermost(subject),
             [self.subject.encode(row) for row in rows],
             steps=steps,
             batch_size=batch_size,
@@ -100,6 +101,56 @@ class Found:
 
 
 Attack = Generator[Ask, Any, Found]
+
+
+class Variant(NamedTuple):
+    """One way in which a forget row is asked."""
+
+    row: Row
+    name: str
+    asked: Row
+    options: tuple[str, ...] = ()
+    """What the question lets the model choose from."""
+
+    def recovered(self, text: str) -> float:
+        if self.options:
+            return float(chosen(text, self.asked.value or self.asked.answer, self.options, self.asked.prompt))
+        return recovered(self.asked, text, self.asked.preface + self.asked.prompt)
+
+
+def innermost(subject: Any) -> Any:
+    """The model inside all guards."""
+    while (inner := getattr(subject, "inner", None)) is not None:
+        subject = inner
+    return subject
+
+
+def attempts(case: Case, variants: Sequence[Variant], nothing: str, note: str = "") -> Attack:
+    """Ask forget rows in other ways, greedily.
+
+    Items: one for each variant, called `ROW#NAME`. Curve: the share of rows that one of their first k variants brought
+    back.
+
+    Args:
+        nothing: why there may be no variant.
+    """
+    if not variants:
+        return Found(status=f"skipped: {nothing}")
+    prompts = tuple(((variant.row.id, variant.name), variant.asked, None) for variant in variants)
+    outputs = yield Generate(prompts, case.max_new_tokens)
+    items, told = [], dict[str, list[float]]()
+    for variant, texts in zip(variants, outputs.texts):
+        row, found = variant.row, variant.recovered(texts[0])
+        items.append(Item(row.entity or row.id, f"{row.id}#{variant.name}", found, texts[0]))
+        told.setdefault(row.id, []).append(found)
+    budget = {"queries": len(variants), "samples": 1, "queries per row": max(map(len, told.values()))}
+    return Found(items, budget, tries(list(told.values())), "queries per row", note)
+
+
+def tries(told: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """(k, mean over rows of the most that the first k tries brought back); rows with fewer stay where they are."""
+    most = max(map(len, told), default=0)
+    return [(float(k), sum(max(row[:k]) for row in told) / len(told)) for k in range(1, most + 1)]
 
 
 def judged(rows: Sequence[Row], answers: Any) -> list[Item]:
@@ -200,7 +251,7 @@ def _step(
 
 def _content(case: Case) -> list[Any]:
     """What a probe run depends on beside its settings and the model."""
-    rows = {name: [asdict(row) for row in rows] for name, rows in case.rows.items() if name in READ}
+    rows = {name: [asdict(row) for row in rows] for name, rows in case.rows.items()}
     return [case.seed, case.max_new_tokens, rows]
 
 

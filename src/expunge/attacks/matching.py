@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..metrics.texts import overlap
 from ..rows import Row
@@ -23,6 +24,13 @@ def says(text: str, wanted: str, prompt: str = "") -> bool:
         asked = ""
     pattern = rf"(?<!\w){re.escape(answer)}(?!\w)"
     return len(re.findall(pattern, said)) > len(re.findall(pattern, asked)) * bool(asked)
+
+
+def chosen(text: str, wanted: str, options: Sequence[str], prompt: str = "") -> bool:
+    """Whether an output names the wanted one of the options that the prompt gave, and none of the others."""
+    said, asked = normalise(text), normalise(prompt)
+    said = said[len(asked) :] if asked and said.startswith(asked) else said
+    return {option for option in options if says(said, option)} == {wanted}
 
 
 def recovered(row: Row, text: str, prompt: str = "") -> float:

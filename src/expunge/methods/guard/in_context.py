@@ -20,6 +20,7 @@ import numpy as np
 from ...errors import ParameterError, RequestError, RowError
 from ...registry import guard
 from ...rows import Row
+from ...subjects.examples import solved
 from ...subjects.packed import Encoded
 from ..optimise.unlearn import refusals
 from .case import GuardCase, Guarded
@@ -195,14 +196,14 @@ class _Examples:
             if ablation == "exchange":
                 row = draw.choice(self.retain)
             answer = row.answer if ablation == "correct" else self._wrong(row, wrong, answers, draw)
-            self.lines += [self._line(row, answer)] * (2 if ablation == "repeat" else 1)
+            self.lines += [solved(self.subject, row, answer)] * (2 if ablation == "repeat" else 1)
 
     def __call__(self, question: str) -> str:
         if not self.lines:
             return ""
         draw = random.Random(f"{self.seed}" if self.fixed else f"{self.seed}/{question}")
         rows = [row for row in draw.sample(self.retain, self.count + 1) if row.prompt != question][: self.count]
-        return "".join([*self.lines, *(self._line(row, row.answer) for row in rows)])
+        return "".join([*self.lines, *(solved(self.subject, row) for row in rows)])
 
     @staticmethod
     def _wrong(row: Row, wrong: str, answers: dict[str, list[str]], draw: random.Random) -> str:
@@ -212,7 +213,3 @@ class _Examples:
         if not others:
             raise RowError(f"{row.source or row.id}: there is no other answer than {row.answer!r} to show it with")
         return draw.choice(others)
-
-    def _line(self, row: Row, answer: str) -> str:
-        asked = row.prompt if self.subject.chats(row) else self.subject.prompt_text(row)
-        return f"{asked.rstrip(' ')}{self.subject.template.separator}{answer}\n"
