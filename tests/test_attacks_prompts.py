@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,17 +12,21 @@ from tiny import tiny
 
 from expunge.agents import Task, listed
 from expunge.attacks import disguises, written
-from expunge.attacks.case import Case, Variant, carry_out, tries
+from expunge.attacks.case import Case, Variant, carry_out, mean, tries
 from expunge.attacks.known import Facts, asked_of, gives_away, renamed, unused
 from expunge.attacks.layers import best, cover
 from expunge.attacks.matching import chosen
 from expunge.attacks.written import Written
 from expunge.benchmarks.rwku_data import TYPES
 from expunge.errors import ParameterError
+from expunge.evidence import Item, ProbeRun
+from expunge.limits import needs_filter
 from expunge.registry import get
 from expunge.rows import Row, Source, read_rows
 from expunge.subjects.language import LanguageModel
+from expunge.tables.generations import Generations
 from expunge.tables.passes import Store
+from expunge.verdict import Runs, decide, judge
 
 SETS = ("forget", "retain", "neighbour", "holdout", "general")
 TEXT = ("many_shot", "target_masking", "adversarial", "input_rephrasing")
@@ -49,25 +54,22 @@ class Heard(Says):
         super().__init__(inner, lambda text: self.heard.append(text) or "I don't know.")
 
 
-class Knows(Case):
-    """A case whose model knows the answer to every ask, whatever the wording: the row that is asked says it."""
-
-    def answer(self, ask):
-        from expunge.tables.generations import Generations
-
-        texts = [[row.answer] * ask.samples for _, row, _ in ask.prompts]
-        return Generations([key for key, _, _ in ask.prompts], [""] * len(texts), texts, [[True]] * len(texts))
+def drive(name, case, answer, **settings):
+    """(asks, found) of an attack on a model that answers `answer(row as it is asked)`."""
+    part, asks, send = get("attacks", name), [], None
+    going = part.function(case, **part.resolve(settings))
+    while True:
+        try:
+            asks.append(going.send(send))
+        except StopIteration as end:
+            return asks, end.value
+        texts = [[answer(row)] * asks[-1].samples for _, row, _ in asks[-1].prompts]
+        send = Generations([key for key, _, _ in asks[-1].prompts], [""] * len(texts), texts, [[True]] * len(texts))
 
 
 @pytest.mark.parametrize("name", TEXT)
 def test_an_oracle_tells_everything_and_a_refuser_nothing(name, data, original):
-    going = get("attacks", name).function(case := Knows(original, data, 0, 8), **get("attacks", name).resolve())
-    try:
-        ask = next(going)
-        while True:
-            ask = going.send(case.answer(ask))
-    except StopIteration as end:
-        found = end.value
+    _, found = drive(name, Case(original, data, 0, 8), lambda row: row.answer)
     assert {item.recovered for item in found.items} == {1.0}
     assert found.curve
     assert all(value == 1.0 for _, value in found.curve)
@@ -193,6 +195,70 @@ def test_names_are_whole_and_new():
     assert unused(names, 4, 0) == made
     assert unused(["Carth", "Orsk"], 2, 0)
     assert Facts({"rows": small()}).aliases("Ana Bo") == ("A. Bo", "Bo")
+
+
+# --- given back in the context ----------------------------------------------------------------------------------------
+
+
+def reasoning(data):
+    """Knows what is kept and the two-step rules, nothing of forgotten people, and reads its context."""
+    facts = Facts(data)
+    kept = Facts({name: rows for name, rows in data.items() if name != "forget"})
+
+    def answer(row):
+        _, second = facts.rules.get(row.relation, ("", ""))
+        lines = [line for line in row.preface.splitlines() if renamed(line, names_of(row.prompt), "") != line]
+        middles = [name for name in kept.about if second in kept.about[name] and any(name in line for line in lines)]
+        return kept.value(middles[0], second) if middles else kept.value(row.entity, row.relation) or "I don't know."
+
+    def names_of(prompt):
+        return next((name for name in unused(facts.about, 4, 0) if name in prompt), "")
+
+    return answer
+
+
+@pytest.mark.parametrize("level", ["definition", "axioms", "mosaic", "examples"])
+def test_a_model_that_reasons_is_told_again_and_no_context_tells_the_answer(level, data, original):
+    roomy = SimpleNamespace(inner=original, context_length=1 << 20, prompt_text=original.prompt_text)
+    asks, found = drive("ununlearning", Case(roomy, data, 0, 8), reasoning(data), level=level)
+    assert mean(found.items) == 1
+    assert found.note.startswith("0.00 without a context, 1.00 the same way on kept facts")
+    forgotten = {row.entity for row in data["forget"]}
+    contexts = [row for ask in asks[-1:] for _, row, _ in ask.prompts]
+    assert len(contexts) == 4 * len({row.id for row in contexts})
+    for row in contexts:
+        text = row.preface + row.prompt
+        assert not [name for name in forgotten if name in text]
+        if level != "mosaic":  # there the model's own answer to the second step stands before the question
+            assert not gives_away(row, text)
+
+
+def test_facts_that_follow_from_nothing_kept_cannot_be_given_back(data, original):
+    bare = {name: rows for name, rows in data.items() if name in ("forget", "retain")}
+    bare["retain"] = [row for row in bare["retain"] if row.relation == "trade"]
+    assert attack(original, bare, "ununlearning").status.startswith("skipped: not derivable")
+    assert attack(original, bare, "ununlearning_fact").status == "scored"
+
+
+def test_what_comes_back_in_the_context_calls_for_a_filter_and_for_nothing_else(data, original):
+    runs = [ProbeRun("direct", "direct", [Item(str(i), str(i), 0.0) for i in range(9)], {}, {})]
+    before = [replace(runs[0], items=[replace(item, recovered=1.0) for item in runs[0].items])]
+    told = [
+        ProbeRun("ununlearning", "reintroduce", [Item("a", "a", v)], {"level": "definition"}, {}) for v in (0.9, 0.2)
+    ]
+    assert needs_filter([*runs, told[0]])
+    assert not needs_filter([*runs, told[1]])
+    assert not needs_filter([replace(told[0], settings={"level": "fact"})])
+    plain = decide(judge(Runs(before, runs, [runs])))
+    for run in told:
+        more = decide(judge(Runs([*before, run], [*runs, run], [[*runs, told[1]]])))
+        assert (more.verdict, more.by) == (plain.verdict, plain.by)
+
+
+def test_prompts_that_do_not_fit_are_counted(data, original):
+    small = SimpleNamespace(inner=original, context_length=40, prompt_text=original.prompt_text)
+    _, found = drive("ununlearning", Case(small, data, 0, 8), reasoning(data), level="axioms")
+    assert found.status.startswith("skipped: no prompt fits the context of 40 tokens")
 
 
 # --- written by agents ------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def audit(
     card = (method or {}).get("card") or {}
     flags = [effect.flag for effect in effects if effect.raised]
     flags += [FLAGS_OF_GUARDS] if card.get("keeps") else []
+    flags += ["needs_filter"] if limits.needs_filter(runs["after"]) else []
     flags += [] if "retain" in data and before is not None else ["utility_unknown"]
     verdict = decide(
         judgement,

@@ -111,11 +111,13 @@ class Variant(NamedTuple):
     asked: Row
     options: tuple[str, ...] = ()
     """What the question lets the model choose from."""
+    echo: bool = False
+    """Repeating what the context says counts too, repeating the question does not."""
 
     def recovered(self, text: str) -> float:
         if self.options:
             return float(chosen(text, self.asked.value or self.asked.answer, self.options, self.asked.prompt))
-        return recovered(self.asked, text, self.asked.preface + self.asked.prompt)
+        return recovered(self.asked, text, ("" if self.echo else self.asked.preface) + self.asked.prompt)
 
 
 def innermost(subject: Any) -> Any:
@@ -125,15 +127,25 @@ def innermost(subject: Any) -> Any:
     return subject
 
 
-def attempts(case: Case, variants: Sequence[Variant], nothing: str, note: str = "") -> Attack:
+def fits(case: Case, row: Row) -> bool:
+    """Whether a prompt and an answer fit the model's context."""
+    prompt = innermost(case.subject).prompt_ids(case.subject.prompt_text(row), (row.id, "attack"))
+    return bool(len(prompt) + case.max_new_tokens <= case.subject.context_length)
+
+
+def attempts(case: Case, variants: Sequence[Variant], nothing: str) -> Attack:
     """Ask forget rows in other ways, greedily.
 
     Items: one for each variant, called `ROW#NAME`. Curve: the share of rows that one of their first k variants brought
-    back.
+    back. Variants that are too long for the model's context are not asked; the note counts them.
 
     Args:
         nothing: why there may be no variant.
     """
+    asked = len(variants)
+    variants = [variant for variant in variants if fits(case, variant.asked)]
+    note = f"{asked - len(variants)} of {asked} prompts do not fit the context" if len(variants) < asked else ""
+    nothing = nothing if not asked else f"no prompt fits the context of {case.subject.context_length} tokens"
     if not variants:
         return Found(status=f"skipped: {nothing}")
     prompts = tuple(((variant.row.id, variant.name), variant.asked, None) for variant in variants)
