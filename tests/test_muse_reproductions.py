@@ -60,7 +60,7 @@ def test_documents_of_the_retrained_model_name_nobody_forgotten(made):
 
 
 def test_a_gradient_method_goes_its_way_and_on_through_all_requests(made):
-    found = trial("ga", 0, epochs=1, batch_size=2, learning_rate=3e-3, requests=True, **TINY)
+    found = trial("ga", 0, epochs=1, batch_size=2, learning_rate=3e-3, **TINY)
     assert found["degree"] == 1
     assert len(found["curve"]) == 1
     for kind, texts in (("scal", [4, 6, 8, 10]), ("sust", [4, 2, 2, 2])):

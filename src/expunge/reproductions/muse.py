@@ -44,7 +44,6 @@ def muse(
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "requests": True,
         "people": people,
         "recipe": recipe,
     }

@@ -32,6 +32,21 @@ FACTS: dict[str, dict[str, Any]] = {
     "whp_trained_alone": {"retain": "none"},
 }
 """What is measured on facts: whp is the guard, whp_trained the method that learns its answers."""
+WORLD: dict[str, Any] = {
+    "people": 32,
+    "forget": 8,
+    "neighbours": 4,
+    "holdout": 8,
+    "recipe": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "layers": 2,
+        "steps": 250,
+        "batch_size": 56,
+        "learning_rate": 8e-3,
+    },
+}
+"""Sizes of the world of the facts: half the usual one, which is enough for 80 rows to be known by heart."""
 OFFSETS = (1.0, 5.0, 20.0, 80.0)
 EVERY = 3
 """Each third retain row is measured."""
@@ -46,7 +61,7 @@ def facts(
     world: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a model knows of facts after task vectors and Who's Harry Potter of several scales."""
-    made = mini(seed, world)
+    made = mini(seed, world or WORLD)
     forget, retain = made.data["forget"], made.data["retain"]
     data = {"forget": forget, "retain": retain[::EVERY], "holdout": made.data["holdout"]}
     training = Training(steps=steps, batch_size=16, learning_rate=learning_rate, seed=seed, guard=None)
@@ -95,7 +110,7 @@ def muse_baselines(
         steps: of all training on facts, 16 rows each.
         facts_rate: learning rate of Who's Harry Potter on facts.
         reinforcing_rate: of the reinforced models on facts.
-        world: sizes of the world of the facts (`expunge.world.build.build`).
+        world: sizes of the world of the facts (`expunge.world.build.build`), by default `WORLD`.
     """
     texts = {
         "epochs": epochs,

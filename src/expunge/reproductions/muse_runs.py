@@ -48,6 +48,8 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
 GRADIENT = tuple(name for name in BASELINES if name not in ("tv", "whp"))
 ALPHAS = tuple(float(2**i) for i in range(9))
 SCORES = ("verbmem_f", "knowmem_f", "privleak", "knowmem_r")
+KNOWN = {"knowmem_f": "forget_qa", "knowmem_r": "retain_qa"}
+"""Scores that are followed over requests, and their questions."""
 
 PEOPLE = {"people": 80, "forget": 8, "neighbours": 8, "holdout": 16}
 RECIPE = Recipe(
@@ -251,16 +253,13 @@ def trial(
     epochs: int = 10,
     batch_size: int = 2,
     learning_rate: float = 1e-3,
-    requests: bool = False,
     people: dict[str, int] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The four scores of a baseline at the degree that counts, and its way there; `target` and `retrained` are no
-    methods: these models are measured as they are.
+    """The four scores of a baseline at the degree that counts, its way there, and what larger requests and requests in
+    turn leave (not of a guard, which leaves the model as it is and has nothing to go on from).
 
-    Args:
-        requests: also forget ever larger folds, and one fold after another (not of a guard, which leaves the model as
-            it is and has nothing to go on from).
+    `target` and `retrained` are no methods: these models are measured as they are.
     """
     made, how = subjects(seed, people, recipe), How(epochs, batch_size, learning_rate)
     if method in ("target", "retrained"):
@@ -271,7 +270,7 @@ def trial(
         "curve": [[one.degree, one.knowmem_f, one.knowmem_r] for one in points],
         **scores(points[at].subject, made),
     }
-    if requests and method != "whp":
+    if method != "whp":
         found |= {kind: curve(kind, method, made, points[at], how, seed) for kind in ("scal", "sust")}
     return found
 
@@ -290,7 +289,8 @@ def curve(
         subject = first.subject if number == 0 else forget_fold(method, start, fold, made, first.degree, how, seed)
         if kind == "sust":
             deltas.append(Delta.from_models(start, subject))
-        found.append({"texts": len(fold), **scores(subject, made)})
+        known = {score: knowmem(subject, made, split) for score, split in KNOWN.items()}
+        found.append({"texts": len(fold), **known})
     if deltas:
         # What is kept of a sequence is one delta over the untouched target.
         stacked = compose(deltas).apply(made.target)
