@@ -13,6 +13,7 @@ from .attacks.case import Case, carry_out
 from .attacks.written import Written
 from .errors import MismatchError, RequestError
 from .evidence import Evidence, Judged, ProbeRun, Routing, SelfTest, Verdict
+from .inference import Rule
 from .metrics.measure import Asked, measure_all
 from .rows import Row
 from .tables.passes import Store, ask_all, longest_answer
@@ -52,6 +53,7 @@ def audit(
     request: dict[str, Any] | None = None,
     attacks: Attacks | None = None,
     metrics: Sequence[Asked] | None = None,
+    rules_of_inference: Sequence[Rule] = (),
     gold_kind: str = "exact",
     access: str = "weights",
     proof: str = "standard",
@@ -74,6 +76,7 @@ def audit(
         data: row sets by name; `forget` is needed, `retain`, `neighbour`, `holdout`, `general` are used where given.
         folder: where tables are kept (`folder/tables`); what is there is not computed again.
         attacks: (name, settings); `STANDARD` at the budget of `proof` by default.
+        rules_of_inference: how relations compose; what follows of the forgotten from what is kept is listed.
         max_new_tokens: length of answers; by default the longest known answer and a few tokens.
         self_test: try the instrument on the model before, held-out golds and a filter around the model before.
         shared: a second folder of tables that other runs use too.
@@ -133,7 +136,9 @@ def audit(
         )
         spent["self-test"] = {"seconds": round(time.monotonic() - began, 3)}
     card = (method or {}).get("card") or {}
+    follows = side_effects.follows(data, rules_of_inference)
     flags = [effect.flag for effect in effects if effect.raised]
+    flags += ["composition_leak"] if follows else []
     flags += [FLAGS_OF_GUARDS] if card.get("keeps") else []
     flags += ["needs_filter"] if limits.needs_filter(runs["after"]) else []
     flags += [] if "retain" in data and before is not None else ["utility_unknown"]
@@ -172,6 +177,8 @@ def audit(
             gold_kind=gold_kind,
             access=access,
             verdict=verdict,
+            implied=follows if rules_of_inference else None,
+            safety=len(data.get("safety", [])),
             notes=notes,
         ),
         examples=_examples(data, views, seed),
@@ -179,6 +186,7 @@ def audit(
         environment=environment or {},
         warnings=list(warnings),
         routing=routes,
+        implied=follows,
     )
 
 

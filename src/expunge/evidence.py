@@ -244,6 +244,8 @@ class Evidence:
     warnings: list[str] = field(default_factory=list)
     routing: list[Routing] = field(default_factory=list)
     """Empty for dense models."""
+    implied: dict[str, list[str]] = field(default_factory=dict)
+    """Forget rows whose fact follows from kept ones, with the rows it follows from."""
     schema: int = SCHEMA_VERSION
 
     def save(self, path: Path) -> None:

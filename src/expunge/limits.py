@@ -7,6 +7,9 @@ from typing import Any
 
 from .evidence import ProbeRun, Verdict
 
+IMPLIED = 5
+"""Facts that follow from others, named in the report."""
+
 REINTRODUCED = 0.5
 """Share of the forgotten facts that contexts bring back from which on a filter is called for."""
 
@@ -19,9 +22,16 @@ def lines(
     gold_kind: str,
     access: str,
     verdict: Verdict,
+    implied: Mapping[str, Sequence[str]] | None = None,
+    safety: int = 0,
     notes: Sequence[str] = (),
 ) -> list[str]:
-    """The limits section, in the order of the specification, followed by what this audit in particular left out."""
+    """The limits section, in the order of the specification, followed by what this audit in particular left out.
+
+    Args:
+        implied: forget rows that follow from kept ones, with those; None where the request has no rules of inference.
+        safety: number of safety prompts.
+    """
     card = method.get("card") or {}
     scored = [run for run in runs if run.status == "scored"]
     queries = int(sum(run.budget.get("queries", 0) * run.budget.get("samples", 1) for run in scored))
@@ -34,9 +44,9 @@ def lines(
         _weights(card, verdict),
         _kept(card),
         _reintroduced(scored),
-        "Which forgotten facts follow from retained ones was not tested: the request gives no rules of inference.",
+        _implied(implied),
         _open(access, verdict),
-        "Safety behaviours (refusing unsafe requests, system over user) were not tested: the request names no prompts.",
+        _safety(safety),
         "Nothing is claimed about knowledge the request did not name, and nothing here is a legal conclusion.",
     ]
     found += [f"Not scored: {run.attack} ({run.status})." for run in runs if run.status != "scored"]
@@ -90,6 +100,30 @@ def _kept(card: Mapping[str, Any]) -> str:
         return f"Kept after the request: {'; '.join(keeps)}. Whoever keeps it holds the data that was to be erased."
     return (
         "The method keeps no forget data; tables beside this report quote what the models said and are personal data."
+    )
+
+
+def _implied(implied: Mapping[str, Sequence[str]] | None) -> str:
+    if implied is None:
+        return (
+            "Which forgotten facts follow from retained ones was not tested: the request gives no rules of inference."
+        )
+    if not implied:
+        return "No forgotten fact follows from retained ones by the request's rules of inference."
+    shown = [f"{row} from {' and '.join(premises)}" for row, premises in list(implied.items())[:IMPLIED]]
+    more = f" and {len(implied) - IMPLIED} more (evidence.json lists all)" if len(implied) > IMPLIED else ""
+    return (
+        f"{len(implied)} forgotten fact{' follows' if len(implied) == 1 else 's follow'} from retained ones and cannot be "
+        "removed without these: "
+        f"{'; '.join(shown)}{more}. Extend the request to them, or accept that it can be inferred."
+    )
+
+
+def _safety(prompts: int) -> str:
+    if prompts:
+        return f"Safety behaviours were compared with those before on {prompts} prompts, and on no others."
+    return (
+        "Safety behaviours (refusing unsafe requests, system over user) were not tested: the request names no prompts."
     )
 
 

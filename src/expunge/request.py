@@ -19,7 +19,7 @@ from . import registry
 from .errors import RequestError, RowError, suggest
 from .rows import SUFFIXES, GivenTwice, Row, Source, read_rows, shown, unique
 
-SETS = ("forget", "retain", "holdout", "neighbour", "general")
+SETS = ("forget", "retain", "holdout", "neighbour", "general", "safety", "earlier")
 ENTITIES = 8
 """With fewer forgotten entities no verdict can be given."""
 
@@ -53,6 +53,21 @@ class Data(_Strict):
     holdout: Place | DataSource | None = Field(None, description="Same kind as forget, in no model's training.")
     neighbour: Place | DataSource | None = Field(None, description="Near the forgotten, but not about it.")
     general: Place | DataSource | None = Field(None, description="Anything else the model must keep knowing.")
+    safety: Place | DataSource | None = Field(
+        None, description="Prompts on which behaviour must stay: refusals, abstentions, system over user."
+    )
+    earlier: Place | DataSource | None = Field(
+        None, description="What earlier requests removed from this model and must not come back."
+    )
+
+
+class RuleSettings(_Strict):
+    """What follows from kept facts: rows give facts by entity, relation and value."""
+
+    implies: Annotated[str, Field(min_length=1)] = Field(description="Relation that follows.")
+    by: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
+        description="Relations in a row, each beginning where the one before ends: [born_in, lies_in]."
+    )
 
 
 class TemplateSettings(_Strict):
@@ -116,6 +131,9 @@ class Request(_Strict):
     gold_kind: Literal["exact", "surrogate"] = Field("exact", description="Whether gold was really retrained.")
     data: Data = Field(description="The row sets.")
     fields: dict[str, str] = Field({}, description="Default field mapping of all row sets.")
+    rules: list[RuleSettings] = Field(
+        [], description="How relations compose; forgotten facts that follow from kept ones are listed."
+    )
     template: TemplateSettings | None = Field(None, description="How question and answer become text.")
     method: str | dict[str, Any] = Field("npo", description="Name, or {name: ..., parameter: value ...}.")
     scope: str | dict[str, Any] | None = Field(
@@ -359,7 +377,11 @@ def read_data(request: Request) -> dict[str, list[Row]]:
             if other != name and "holdout" in (other, name):
                 held, seen = (twin, row) if other == "holdout" else (row, twin)
                 raise RequestError(f"holdout row {held.source} also stands in {seen.source}; no model may have seen it")
-            if other != name and other == "forget":  # it is read first
+            if name == "earlier" and other not in ("forget", "earlier"):
+                raise RequestError(
+                    f"{row.source} was removed by an earlier request, and {twin.source} says the same and is to be kept"
+                )
+            if other != name and other == "forget" and name != "earlier":  # it is read first
                 raise RequestError(
                     f"{row.source} is to be kept and {twin.source} to be forgotten, but they say the same; "
                     "take the row out of one of them"

@@ -33,6 +33,7 @@ from .environment import environment, versions
 from .errors import LaunchError, OutputError, RequestError
 from .evidence import Evidence
 from .files import write_text
+from .inference import Rule
 from .ledger import Ledger
 from .request import Request, check, load, named, read_data
 from .rows import Row
@@ -460,6 +461,7 @@ class _Job:
             },
             attacks=named(request.audit.attacks),
             metrics=named(request.audit.metrics),
+            rules_of_inference=[Rule(rule.implies, tuple(rule.by)) for rule in request.rules],
             gold_kind=request.gold_kind,
             access=request.access,
             proof=request.proof,

@@ -106,6 +106,11 @@ FLAGS = {
         "The method stores the data it was asked to forget.",
         "Check whether that is allowed for this request, and protect what is kept.",
     ),
+    "earlier_back": (
+        "earlier request undone",
+        "Something that an earlier request removed is answered again.",
+        "Do not deploy: run the earlier requests again together with this one.",
+    ),
     "composition_leak": (
         "can be inferred",
         "Some forgotten facts follow from facts that were kept.",
