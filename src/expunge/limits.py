@@ -112,10 +112,10 @@ def _implied(implied: Mapping[str, Sequence[str]] | None) -> str:
         return "No forgotten fact follows from retained ones by the request's rules of inference."
     shown = [f"{row} from {' and '.join(premises)}" for row, premises in list(implied.items())[:IMPLIED]]
     more = f" and {len(implied) - IMPLIED} more (evidence.json lists all)" if len(implied) > IMPLIED else ""
+    follow = "1 forgotten fact follows" if len(implied) == 1 else f"{len(implied)} forgotten facts follow"
     return (
-        f"{len(implied)} forgotten fact{' follows' if len(implied) == 1 else 's follow'} from retained ones and cannot be "
-        "removed without these: "
-        f"{'; '.join(shown)}{more}. Extend the request to them, or accept that it can be inferred."
+        f"{follow} from retained ones and cannot be removed without these: {'; '.join(shown)}{more}. "
+        "Extend the request to them, or accept that it can be inferred."
     )
 
 
