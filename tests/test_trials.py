@@ -50,6 +50,17 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
     assert several == run_trials(square, grid, tmp_path / "b", workers=1)
 
 
+def test_ray_gives_what_one_process_gives_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("ray")  # an extra
+    told: list[tuple[int, int]] = []
+    first = run_trials(square, [{"x": 1}, {"x": 2}], tmp_path, engine="ray", progress=lambda *done: told.append(done))
+    assert [result["y"] for result in first] == [1, 4]
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    again = run_trials(square, [{"x": x} for x in range(4)], tmp_path, engine="ray", progress=lambda *d: told.append(d))
+    assert [result["y"] for result in again] == [0, 1, 4, 9]
+    assert told[3:] == [(2, 4), (3, 4), (4, 4)]
+
+
 def test_an_unknown_engine_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="expected processes or ray"):
         run_trials(square, [{"x": 1}], tmp_path, engine="threads")

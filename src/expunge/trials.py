@@ -111,6 +111,14 @@ def _alone(plugins: Sequence[Path]) -> None:
         registry.load_plugin(plugin)
 
 
+def _elsewhere(
+    plugins: Sequence[Path], function: Callable[..., Result], settings: dict[str, Any]
+) -> tuple[Result, float]:
+    """A trial in a process that may have run others before."""
+    _alone(plugins)
+    return _timed(function, settings)
+
+
 def _in_processes(
     function: Callable[..., Result],
     grid: Sequence[Mapping[str, Any]],
@@ -147,8 +155,8 @@ def _on_ray(
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
-        remote = ray.remote(num_cpus=1)(_timed)
-        running = {remote.remote(function, dict(grid[i])): i for i in open_}
+        remote = ray.remote(num_cpus=1)(_elsewhere)
+        running = {remote.remote(registry.plugins, function, dict(grid[i])): i for i in open_}
         while running:
             finished, _ = ray.wait(list(running))
             for future in finished:
