@@ -164,6 +164,7 @@ def test_the_harness_gets_the_loaded_model_and_its_numbers_come_with_intervals(
     for _ in range(2):  # the second time nothing is computed
         found = utility(Bench(subject, tmp_path, bootstrap=7, seed=3), tasks="places", shots=2, limit=4)
     (call,) = harness
+    assert found.data.startswith("lm-evaluation-harness")
     assert call["model"].settings["pretrained"] is subject.model
     assert call["model"].settings["tokenizer"] is not subject.tokenizer
     assert (call["tasks"], call["num_fewshot"], call["limit"], call["random_seed"]) == (["places"], 2, 4, 3)

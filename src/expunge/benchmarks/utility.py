@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,12 +105,12 @@ def _harness(bench: Bench, settings: dict[str, Any], include: str) -> Scorecard:
             write_text(path, json.dumps(_evaluate(model, settings, manager), default=str))
         found[role] = json.loads(path.read_text(encoding="utf-8"))
     measured = _measured(found)
-    return bench.scorecard(
+    card = bench.scorecard(
         measured,
         headline=[one.metric for one in measured],
         rows={task: int(counts["effective"]) for task, counts in found["after"]["n-samples"].items()},
-        notes=[f"lm-evaluation-harness {getattr(lm_eval, '__version__', '')}."],
     )
+    return replace(card, data=f"lm-evaluation-harness {getattr(lm_eval, '__version__', '')}".strip())
 
 
 def _evaluate(model: LanguageModel, settings: Mapping[str, Any], manager: Any) -> dict[str, Any]:
