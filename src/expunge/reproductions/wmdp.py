@@ -102,7 +102,7 @@ def trial(
     return {"points": points}
 
 
-@reproduction(paper="arXiv:2403.03218", cost="3 min on 2 cores, models of its own included")
+@reproduction(paper="arXiv:2403.03218", cost="4 min on 2 cores, models of its own included")
 def wmdp(
     case: Case,
     *,
@@ -142,7 +142,9 @@ def wmdp(
         "question as trained, after an aside, rephrased, and as a statement to complete. Mean (lowest to highest) over "
         "seeds."
     )
-    return Findings(claims=judge(rows), tables=[table(rows, "Scores along the way", note, COLUMNS)], notes=NOTES)
+    return Findings(
+        claims=judge(rows), tables=[table(rows, "Scores along the way", note, COLUMNS)], notes=[*NOTES, _alike(rows)]
+    )
 
 
 NOTES = [
@@ -154,6 +156,23 @@ NOTES = [
     "grad_diff and npo hold the likelihood of retain texts: these texts become much likelier than before (perplexity), "
     "while questions about the same people are lost. rmu holds inner representations of the same texts.",
 ]
+
+
+def _alike(rows: Sequence[Row]) -> str:
+    """Misdirection where it first counts as having forgotten, and ascent where it is nearest to that."""
+
+    def way(run: str) -> list[tuple[int, float, float]]:
+        steps = sorted({row["step"] for row in rows if row["run"] == run})
+        both = ("restricted", "general")
+        return [(step, *(spread(rows, name, run=run, step=step).mean for name in both)) for step in steps]
+
+    rmu = next((one for one in way("rmu") if one[1] <= FORGOTTEN), way("rmu")[-1])
+    ascent = min(way("gradient_ascent"), key=lambda one: abs(one[1] - rmu[1]))
+    said = [f"{step} steps {number(known)} / {number(general)}" for step, known, general in (rmu, ascent)]
+    return (
+        f"At equal forgetting (restricted / general): rmu after {said[0]}, gradient_ascent after {said[1]}. The claim "
+        "about gradient ascent compares its first point below the bar with rmu's last, which has forgotten more."
+    )
 
 
 def judge(rows: Sequence[Row]) -> list[Claim]:
