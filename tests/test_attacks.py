@@ -8,8 +8,7 @@ import torch
 from tiny import tiny
 
 from expunge.attacks.case import Case, carry_out
-from expunge.attacks.decoding import leak_at
-from expunge.attacks.matching import recovered, says
+from expunge.attacks.matching import leak_at, recovered, says
 from expunge.audit import STANDARD
 from expunge.errors import ParameterError, UnknownNameError
 from expunge.methods.guard.case import GuardCase

@@ -91,6 +91,8 @@ def tables(subject):
         "variance": scores.variance,
         "texts": [greedy.texts, sampled.texts, greedy.stopped, sampled.stopped],
         "hidden": subject.hidden([text for _, text in prompts]).numpy(),
+        "gradients": subject.gradients(encoded).norm,
+        "patched": subject.patched_into(subject.copy(), encoded).by_block,
         "entries": torch.cat(subject.entries([item for _, item in encoded], 1)).numpy(),
     }
 

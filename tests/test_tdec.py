@@ -88,7 +88,7 @@ def test_a_cut_text_is_the_text_of_its_first_tokens(trained, written):
     row, ids, _ = written[0]
     found = tdec.extraction_likelihood(trained, [row], n=3, length=20)
     path = greedy.paths(trained, [ids[:20]])[0]
-    assert found.likelihood == (pytest.approx(tdec.overlaps(path, 3).mean()),)
+    assert found.likelihood == (pytest.approx(path.overlaps(3).mean()),)
     assert found.accuracy == (path.hit[1:].mean(),)
 
 
@@ -107,6 +107,19 @@ def test_every_continuation_equals_a_separate_one(architecture, cut, monkeypatch
     for ids, path in zip(texts, greedy.paths(subject, texts, shortest=2)):
         for t in range(1, len(ids) - 1):
             assert path.after(t).tolist() == separately(subject, ids, t)
+
+
+def test_of_an_answer_the_beginnings_start_with_its_question_and_its_end_token_does_not_count():
+    subject = LanguageModel(*tiny("llama"))
+    rows = [Row(id=str(i), prompt="where was Ilva born?", answer="in the north of Carth"[: 9 + 4 * i]) for i in (1, 3)]
+    encoded = [subject.encode(row) for row in rows]
+    table = subject.continuations([((row.id, "answer"), one) for row, one in zip(rows, encoded)], 2)
+    for one, path in zip(encoded, table.paths):
+        ids = one.ids[: len(one.ids) - one.closing]
+        assert (path.start, path.ids.tolist()) == (one.start, list(ids))
+        expected = [overlap(separately(subject, ids, t), ids[t:], 2) for t in range(one.start, len(ids) - 1)]
+        assert path.overlaps(2) == pytest.approx(expected)
+        assert all(t >= one.start for t in path.written)
 
 
 def test_small_batches_change_nothing(trained, monkeypatch):
@@ -144,13 +157,13 @@ def test_a_text_the_model_wrote_itself_is_extracted_whole(trained):
     assert path.hit[1:].all()
     assert not path.written
     for n in (1, 5, 30):
-        assert (tdec.overlaps(path, n) == 1).all()
+        assert (path.overlaps(n) == 1).all()
 
 
 def test_overlap_of_one_prefix_does_not_grow_with_n(trained):
     texts = [trained.encode(row).ids for row in text_rows(4) + text_rows(2, seed=1)]
     for path in greedy.paths(trained, texts):
-        each = [tdec.overlaps(path, n) for n in range(1, 12)]
+        each = [path.overlaps(n) for n in range(1, 12)]
         for shorter, longer in pairwise(each):
             assert (longer <= shorter[: len(longer)] + 1e-12).all()
 

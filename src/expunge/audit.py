@@ -14,7 +14,7 @@ from .attacks.written import Written
 from .errors import MismatchError, RequestError
 from .evidence import Evidence, Judged, ProbeRun, Routing, SelfTest, Verdict
 from .inference import Rule
-from .metrics.measure import Asked, measure_all
+from .metrics.measure import Asked, measure_all, more_tables
 from .rows import Row
 from .tables.passes import Store, ask_all, longest_answer
 from .tables.view import View
@@ -97,11 +97,13 @@ def audit(
     models: dict[str, Any] = {"before": before} if before is not None else {}
     models |= {"after": after, **{f"gold/{i}": gold for i, gold in enumerate(golds)}}
 
+    more = more_tables(metrics)
     views: dict[str, View] = {}
     runs: dict[str, list[ProbeRun]] = {}
     for role, model in models.items():
         began = time.monotonic()
-        views[role] = ask_all(model, data, limit, store, name=role, progress=_phase(progress, f"ask: {role}"))
+        tell = _phase(progress, f"ask: {role}")
+        views[role] = ask_all(model, data, limit, store, more=more, host=before, seed=seed, name=role, progress=tell)
         middle = time.monotonic()
         case = Case(model, data, seed, limit, written)
         runs[role] = carry_out(case, asked, store, _phase(progress, f"attack: {role}"))

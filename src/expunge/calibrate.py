@@ -99,14 +99,15 @@ def one(
 def _values(subject: Any, golds: Sequence[Any], data: dict[str, Any], store: Any) -> dict[str, float]:
     from dataclasses import replace
 
-    from .metrics.measure import values
+    from .metrics.measure import more_tables, values
     from .tables.passes import ask_all, longest_answer
     from .tables.view import NotApplicable
 
     limit = longest_answer(subject, data)
+    more = more_tables()
     view = replace(
-        ask_all(subject, data, limit, store, name=subject.name),
-        golds=[ask_all(gold, data, limit, store, name=gold.name) for gold in golds],
+        ask_all(subject, data, limit, store, more=more, name=subject.name),
+        golds=[ask_all(gold, data, limit, store, more=more, name=gold.name) for gold in golds],
     )
     found = {}
     for part in registry.parts("metrics"):

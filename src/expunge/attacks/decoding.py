@@ -1,19 +1,9 @@
 """Asking again and again: leak@k under sampling."""
 
-from math import comb
-
 from ..evidence import Item
 from ..registry import attack
 from .case import Attack, Case, Found
-from .matching import recovered
-
-HIT = 0.999
-"""An output counts as a leak when it gives the fact away fully."""
-
-
-def leak_at(k: int, samples: int, hits: int) -> float:
-    """Unbiased probability that one of k samples leaks, from c = `hits` of n = `samples`: 1 - C(n - c, k) / C(n, k)."""
-    return 1.0 - comb(samples - hits, k) / comb(samples, k)
+from .matching import HIT, leak_at, recovered
 
 
 @attack(

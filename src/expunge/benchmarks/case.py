@@ -25,7 +25,7 @@ import numpy as np
 from ..evidence import Measured, Scorecard, Table
 from ..files import complete_folder
 from ..metrics.bootstrap import Bootstrap
-from ..metrics.measure import Asked, gather, measure_all
+from ..metrics.measure import Asked, gather, measure_all, more_tables
 from ..metrics.values import Units, Values, mean_of
 from ..rows import Row
 from ..tables.passes import Ask, Store, ask_all, longest_answer, run
@@ -97,20 +97,34 @@ class Bench:
         max_new_tokens: int | None = None,
         *,
         written: Collection[str] | None = None,
+        metrics: Sequence[Asked] = (),
     ) -> dict[str, View]:
         """All models' tables on row sets, by role: every candidate answer scored, every question answered greedily.
 
         Args:
             max_new_tokens: length of answers; by default the longest known one and a few tokens; 0 writes none.
             written: row sets whose questions are answered; None for all.
+            metrics: that will be measured, for tables that only some of them read.
         """
+        more = more_tables(metrics)
         data = {name: rows for name, rows in data.items() if rows}
         limit = longest_answer(self.subject, data) if max_new_tokens is None else max_new_tokens
         found = {}
         for role, model in self.models.items():
             began = time.monotonic()
             progress = self._phase(f"ask: {role}")
-            found[role] = ask_all(model, data, limit, self.store, written=written, name=role, progress=progress)
+            found[role] = ask_all(
+                model,
+                data,
+                limit,
+                self.store,
+                written=written,
+                more=more,
+                host=self.original,
+                seed=self.seed,
+                name=role,
+                progress=progress,
+            )
             self._spend(role, began)
         return found
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import ParameterError, RowError
 from ..rows import Row
-from ..subjects.greedy import Paths, paths
+from ..subjects.greedy import paths
 from ..subjects.language import LanguageModel, Progress
 
 
@@ -68,7 +68,7 @@ def extraction_likelihood(
         ids=tuple(row.id for row in rows),
         lengths=tuple(len(text) for text in texts),
         accuracy=tuple(float(path.hit[1:].mean()) for path in found),
-        likelihood=tuple(float(overlaps(path, n).mean()) for path in found),
+        likelihood=tuple(float(path.overlaps(n).mean()) for path in found),
         n=n,
         written=sum(len(tokens) for path in found for tokens in path.written.values()),
     )
@@ -82,23 +82,3 @@ def _tokens(subject: LanguageModel, row: Row, n: int, length: int | None) -> tup
     if len(ids) < n + 1:
         raise RowError(f"{where} has {len(ids)} tokens; extraction likelihood with n = {n} needs at least {n + 1}")
     return ids
-
-
-def overlaps(path: Paths, n: int) -> np.ndarray:
-    """(T - n,) overlap_n(f(x_<t), x_>=t) for t = 1 ... T - n.
-
-    An n-gram occurs in x_>=t if the last place where it occurs in x is t or later.
-    """
-    last = {gram: place for place, gram in enumerate(_grams(path.ids, n))}
-    found: list[float] = []
-    while len(found) < len(path.ids) - n:
-        # Up to the next miss, continuations are the ends of this one.
-        first = len(found) + 1
-        places = np.array([last.get(gram, -1) for gram in _grams(path.after(first), n)])
-        for t in range(first, min(path.next_miss(first), len(path.ids) - n) + 1):
-            found.append(float((places[t - first :] >= t).mean()))
-    return np.array(found)
-
-
-def _grams(ids: np.ndarray, n: int) -> list[bytes]:
-    return [ids[i : i + n].tobytes() for i in range(len(ids) - n + 1)]

@@ -26,7 +26,7 @@ from ..subjects.language import LanguageModel
 from ..world.corpus import passage
 from ..world.facts import World
 from .case import Bench
-from .extraction import Extraction, extraction_likelihood, overlaps
+from .extraction import Extraction, extraction_likelihood
 
 COLUMNS = ("doc_id", "corpus", "text")
 
@@ -150,4 +150,4 @@ def judge(
     return Judgement(found, unseen, each, low(*found.means), start.name)
 
 
-__all__ = ["extraction_likelihood", "judge", "overlaps", "read", "tdec"]
+__all__ = ["extraction_likelihood", "judge", "read", "tdec"]

@@ -3,8 +3,9 @@
 200 invented authors, 20 questions each. A model is trained on all, then asked to forget 1, 5 or 10 % of them; gold is
 trained on the rest. Measured are, on four row sets, the answer's probability, ROUGE-L recall of what is written, and
 the truth ratio; from them model utility (nine numbers about what should be kept) and forget quality (can truth ratios
-on forget rows tell the model from gold?); beside these exact memorisation, extraction strength and membership attacks
-against holdout rows. Forget quality alone proves nothing: a ruined model passes it.
+on forget rows tell the model from gold?); beside these exact memorisation, extraction strength and likelihood, six
+membership attacks against holdout rows, and with the model before and gold the unlearning depth. Forget quality alone
+proves nothing: a ruined model passes it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .tofu_rows import AUTHOR, MINI_AUTHOR, mini, read
 
 ASKED = ("forget", "retain", "real_authors", "world_facts")
 PER_SET = ("answer_probability", "rouge", "truth_ratio")
-ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_gradnorm", "mia_reference")
 
 
 @benchmark(paper="arXiv:2401.06121", data="locuslab/TOFU")
@@ -54,7 +55,6 @@ def tofu(
     """
     data, notes = read(bench.source(mini), split, author or (AUTHOR if bench.data else MINI_AUTHOR))
     limit, cut = _room(bench, data, max_new_tokens)
-    views = bench.views(data, limit, written=ASKED)
     asked: list[tuple[str, dict[str, Any]]] = [
         ("model_utility", {**tofu_logs.UTILITY, "form": form}),
         ("forget_quality", {"form": form}),
@@ -68,6 +68,8 @@ def tofu(
         ]
     asked += [("exact_memorization", {}), ("extraction_strength", {})]
     asked += [(name, {"k": k} if "min_k" in name else {}) for name in ATTACKS]
+    asked += [("extraction_likelihood", {}), ("unlearning_depth", {})]
+    views = bench.views(data, limit, written=ASKED, metrics=asked)
     measured, left_out = bench.measure(views, asked)
     tables = [_by_set(measured)]
     quality = next((one for one in measured if one.metric == "forget_quality"), None)

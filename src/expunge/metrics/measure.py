@@ -12,6 +12,7 @@ from .. import registry
 from ..errors import CardError, TableError
 from ..evidence import Interval, Measured
 from ..registry import Part
+from ..tables.passes import MORE
 from ..tables.view import NotApplicable, View
 from .bootstrap import Bootstrap, interval
 from .values import Values
@@ -54,6 +55,16 @@ def default_metrics(view: View) -> list[tuple[str, Mapping[str, Any]]]:
     ]
     elsewhere = [rows for rows in view.rows if view.rows[rows] and rows != "forget"]
     return asked + [(name, {"rows": rows}) for rows in elsewhere for name in EVERYWHERE]
+
+
+def more_tables(metrics: Sequence[Asked] | None = None) -> set[str]:
+    """What metrics read beside scores and generations (passes.MORE); of all metrics where none are named."""
+    names = [part.name for part in registry.parts("metrics")] if metrics is None else metrics
+    parts = [registry.get("metrics", name if isinstance(name, str) else name[0]) for name in names]
+    read = {need for part in parts for need in part.card.needs}  # type: ignore[union-attr]
+    if any(not isinstance(name, str) and name[1].get("by") == "gradnorm" for name in names):
+        read.add("gradients")
+    return read & set(MORE)
 
 
 def measure_all(

@@ -20,8 +20,7 @@ from .values import Aggregate, Units, Values
 
 Score = Callable[[View, str, list[str]], np.ndarray]
 """(view, row set, row ids) to (rows,) scores, larger for rows less likely to be known."""
-TableAttack = Literal["loss", "zlib", "min_k", "min_k_plus_plus"]
-"""Attacks that read token scores of the model alone."""
+TableAttack = Literal["loss", "zlib", "min_k", "min_k_plus_plus", "gradnorm", "reference"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 LEAST_VARIANCE = 1e-6
@@ -34,12 +33,17 @@ LEAST_LEFT = 1e-10
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def attack(name: TableAttack, k: float = 0.4) -> Score:
-    """The scores of an attack by name; `k` is the share of tokens that the two min_k attacks take."""
-    if name == "loss":
-        return loss
-    if name == "zlib":
-        return compressed
+def attack(name: TableAttack, view: View, k: float = 0.4) -> Score:
+    """The scores of an attack by name, on a model and on its golds.
+
+    Args:
+        k: the share of tokens that the two min_k attacks take.
+    """
+    plain: dict[str, Score] = {"loss": loss, "zlib": compressed, "gradnorm": gradnorm}
+    if name in plain:
+        return plain[name]
+    if name == "reference":
+        return against_reference(view)
     standardised = name == "min_k_plus_plus"
     return lambda view, rows, ids: hardest(view, rows, ids, k, standardised)
 
@@ -63,6 +67,24 @@ def hardest(view: View, rows: str, ids: list[str], k: float, standardised: bool)
     if standardised:
         values = (values - table.mean[keep]) / np.sqrt(np.maximum(table.variance[keep], LEAST_VARIANCE))
     return -smallest_means(values, offsets, k)
+
+
+def gradnorm(view: View, rows: str, ids: list[str]) -> np.ndarray:
+    """(rows,) mean over parameter tensors of the norm of the gradient of the answer's loss."""
+    table = view.table("gradients", rows)
+    at = {key[0]: i for i, key in enumerate(table.keys)}
+    means = np.nanmean(table.norm.astype(np.float64), axis=1)
+    return means[[at[i] for i in ids]]
+
+
+def against_reference(view: View) -> Score:
+    """(rows,) loss minus the mean loss of the view's golds; of a gold itself minus that of the others."""
+
+    def score(model: View, rows: str, ids: list[str]) -> np.ndarray:
+        others = [gold for gold in view.golds if gold is not model] or [model]
+        return loss(model, rows, ids) - np.mean([loss(gold, rows, ids) for gold in others], axis=0)
+
+    return score
 
 
 # --- AUC -------------------------------------------------------------------------------------------------------------

@@ -27,4 +27,4 @@ def mia_min_k(view: View, *, rows: str = "forget", holdout: str = "holdout", k: 
         holdout: rows of the same kind that no model saw.
         k: 0.4 as in MUSE and OpenUnlearning, 0.2 in the paper.
     """
-    return membership(view, rows, holdout, attack("min_k", k))
+    return membership(view, rows, holdout, attack("min_k", view, k))

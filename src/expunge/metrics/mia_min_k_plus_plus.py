@@ -29,4 +29,4 @@ def mia_min_k_plus_plus(view: View, *, rows: str = "forget", holdout: str = "hol
         holdout: rows of the same kind that no model saw.
         k: 0.4 as in MUSE and OpenUnlearning, 0.2 in the paper.
     """
-    return membership(view, rows, holdout, attack("min_k_plus_plus", k))
+    return membership(view, rows, holdout, attack("min_k_plus_plus", view, k))

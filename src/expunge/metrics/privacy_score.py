@@ -32,7 +32,7 @@ def privacy_score(view: View, *, rows: str = "forget", holdout: str = "holdout",
         holdout: rows of the same kind that no model saw.
         k: share of tokens of the min_k attacks.
     """
-    units, pairs = against_gold(view, rows, holdout, [attack(name, k) for name in ATTACKS])
+    units, pairs = against_gold(view, rows, holdout, [attack(name, view, k) for name in ATTACKS])
 
     def parts(weights: np.ndarray) -> np.ndarray:
         return np.stack([privacy(*both(weights)) for both in pairs], axis=-1)

@@ -37,7 +37,7 @@ def privleak(
         by: the attack; MUSE and OpenUnlearning take min_k.
         k: share of tokens of the min_k attacks.
     """
-    units, (both,) = against_gold(view, rows, holdout, [attack(by, k)])
+    units, (both,) = against_gold(view, rows, holdout, [attack(by, view, k)])
     auc, gold = map(float, both(np.ones((1, len(units))))[:, 0])
     value = float(leak(auc, gold))
     flag = f"{value:+.0f}: forget rows look far stranger than rows never seen, over-forgotten" if value > OVER else ""

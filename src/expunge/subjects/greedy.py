@@ -14,6 +14,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from ..tables.paths import Paths
 from .contexts import Contexts, Read, Whole, can_cut, read
 from .language import LOGIT_ELEMENTS, TOKEN_BUDGET, LanguageModel, Progress
 
@@ -31,36 +32,20 @@ class Miss:
     """How many tokens follow `choice`."""
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The greedy continuations of the prefixes of one text."""
-
-    ids: np.ndarray
-    """(T,) the text."""
-    hit: np.ndarray
-    """(T,) whether the model's choice after x_<t is x_t; the first entry is False and means nothing."""
-    written: dict[int, np.ndarray]
-    """f(x_<t), (T - t,), of the misses t that were asked for."""
-
-    def next_miss(self, t: int) -> int:
-        """The first miss at or after t; T where there is none."""
-        wrong = np.flatnonzero(~self.hit[t:])
-        return t + int(wrong[0]) if len(wrong) else len(self.ids)
-
-    def after(self, t: int) -> np.ndarray:
-        """f(x_<t), (T - t,): what the text says up to the next miss, then what the model wrote there."""
-        miss = self.next_miss(t)
-        return np.concatenate([self.ids[t:miss], self.written[miss]]) if miss < len(self.ids) else self.ids[t:]
-
-
 @torch.no_grad()
 def paths(
-    subject: LanguageModel, texts: Sequence[Text], *, shortest: int = 1, progress: Progress | None = None
+    subject: LanguageModel,
+    texts: Sequence[Text],
+    *,
+    starts: Sequence[int] | None = None,
+    shortest: int = 1,
+    progress: Progress | None = None,
 ) -> list[Paths]:
     """The continuations of all prefixes x_<t, t = 1 ... T - shortest, of each text, in the order of the texts.
 
     Args:
         texts: token ids, at least two of each.
+        starts: per text the first t that is asked for, 1 by default.
         shortest: length of the shortest continuation asked for.
         progress: (texts done, texts).
     """
@@ -73,9 +58,9 @@ def paths(
         misses = []
         for row, (ids, choice) in enumerate(zip(rows, choices)):
             hit = np.concatenate([[False], np.array(ids[1:]) == choice])
-            path = Paths(np.array(ids), hit, {})
+            path = Paths(np.array(ids), hit, {}, starts[group[row]] if starts else 1)
             made.append(path)
-            wrong = {path.next_miss(t) for t in range(1, len(ids) - shortest + 1)} - {len(ids)}
+            wrong = {path.next_miss(t) for t in range(path.start, len(ids) - shortest + 1)} - {len(ids)}
             misses += [Miss(row, at, int(choice[at - 1]), len(ids) - at - 1) for at in wrong]
         for miss, tokens in _write(subject, rows, read_, misses):
             made[miss.row].written[miss.at] = np.array([miss.choice, *tokens[: miss.steps]])

@@ -22,6 +22,9 @@ from ..errors import RowError, SubjectError
 from ..registry import subject
 from ..rows import Row
 from ..tables.generations import Generations
+from ..tables.gradients import Gradients
+from ..tables.patched import Patched
+from ..tables.paths import Continuations
 from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
@@ -428,7 +431,7 @@ class LanguageModel:
         Gradients flow where enabled. With activation checkpointing keep `packing(pack_)` open until backward is done.
         """
         if self.mode == "rows":
-            return torch.cat([self._row_states(row) for row in pack_.rows])
+            return torch.cat([self.plain_states(row) for row in pack_.rows])
         with self.packing(pack_):
             return self.run_decoder(pack_)[pack_.predict]
 
@@ -672,7 +675,8 @@ class LanguageModel:
         )
         return output.last_hidden_state[0]
 
-    def _row_states(self, row: Encoded) -> Tensor:
+    def plain_states(self, row: Encoded) -> Tensor:
+        """(scored, d) final states that predict the answer, of one row that is not packed."""
         ids = torch.tensor([row.ids[:-1]], device=self.device)
         return self.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, row.start - 1 :]
 
@@ -745,6 +749,37 @@ class LanguageModel:
         table = Routes.of([items[i][0] for i in order], [len(rows[i].ids) - 1 for i in order], chosen, about)
         places = np.argsort(order).tolist() if order else []
         return table.take(places, [key for key, _ in items])
+
+    def gradients(self, items: Sequence[tuple[Key, Encoded]], *, progress: Progress | None = None) -> Gradients:
+        """How strongly each row pulls at each weight (subjects/gradients.py): a pass forward and one back."""
+        from .gradients import gradient_norms
+
+        names, norms = gradient_norms(self, [row for _, row in items], progress=progress)
+        return Gradients([key for key, _ in items], names, norms, {"dtype": str(self.dtype), "subject": self.name})
+
+    def patched_into(
+        self, host: LanguageModel, items: Sequence[tuple[Key, Encoded]], *, progress: Progress | None = None
+    ) -> Patched:
+        """What a host still says with this model's states in it (subjects/patching.py).
+
+        Raises:
+            MismatchError: the models have other shapes.
+        """
+        from .patching import patched
+
+        whole, by_block = patched(host, self, [row for _, row in items], progress=progress)
+        return Patched([key for key, _ in items], whole, by_block, {"subject": self.name, "host": host.name})
+
+    def continuations(
+        self, items: Sequence[tuple[Key, Encoded]], shortest: int, *, progress: Progress | None = None
+    ) -> Continuations:
+        """What the model writes greedily after every beginning of each answer (subjects/greedy.py)."""
+        from .greedy import paths
+
+        rows = [row for _, row in items]
+        texts = [row.ids[: len(row.ids) - row.closing] for row in rows]
+        found = paths(self, texts, starts=[row.start for row in rows], shortest=shortest, progress=progress)
+        return Continuations([key for key, _ in items], found, {"shortest": shortest, "subject": self.name})
 
     def statistics(self, hidden: Tensor, target: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(logprob, hit, mean, variance) per answer token (n,). Logits live in chunks only.
@@ -946,7 +981,7 @@ def _choose_mode(model: LanguageModel) -> str:
         *(Encoded(common + draw(3) + draw(2), 12, 0, "") for _ in range(2)),
         Encoded(common + draw(5) + draw(3), 14, 0, ""),
     ]
-    plain = torch.cat([model._row_states(row) for row in rows]).float()
+    plain = torch.cat([model.plain_states(row) for row in rows]).float()
     pack_ = pack(rows, model.device)
     tolerance = (1e-4 if model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
     for mode in ("families", "mask"):

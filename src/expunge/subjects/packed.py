@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 
 from ..errors import SubjectError
 
+Sharing = Literal["tokens", "prompts", "nothing"]
 SHARED_BEGINNING = 8
 """Fewer common tokens than this are not worth a family of their own."""
 
@@ -209,32 +210,39 @@ class Pack:
         )
 
 
-def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu") -> Pack:
-    """Lay rows end to end. The last token of a row predicts nothing and is not fed."""
-    prompts: dict[tuple[int, ...], list[int]] = {}
+def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu", *, sharing: Sharing = "tokens") -> Pack:
+    """Lay rows end to end. The last token of a row predicts nothing and is not fed.
+
+    Args:
+        sharing: tokens, whatever rows begin with alike is fed once; prompts, every row has an answer of its own, so
+            that its states may be changed; nothing, every row is whole, so that it has gradients of its own.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        prompts.setdefault(row.ids[: row.start], []).append(index)
-    beginning = _common_beginning(list(prompts))
+        alike.setdefault((index,) if sharing == "nothing" else row.ids[: row.start], []).append(index)
+    groups = [(rows[members[0]].ids[: rows[members[0]].start], members) for members in alike.values()]
+    beginning = _common_beginning([prompt for prompt, _ in groups]) if sharing != "nothing" else 0
     ids: list[int] = []
     positions: list[int] = []
     families: list[Family] = []
     owner: list[tuple[int, int]] = []
     if beginning:
-        ids += next(iter(prompts))[:beginning]
+        ids += groups[0][0][:beginning]
         positions += range(beginning)
         owner += ((0, at) for at in range(beginning))
         families.append(Family(0, beginning))
     predict: list[list[int]] = [[] for _ in rows]
     every: list[list[int]] = [[] for _ in rows]
-    trees = {prompt: _tree([rows[i].ids[len(prompt) : -1] for i in members]) for prompt, members in prompts.items()}
+    grow = _tree if sharing == "tokens" else _apart
+    trees = [grow([rows[i].ids[len(prompt) : -1] for i in members]) for prompt, members in groups]
 
-    def length(prompt: tuple[int, ...]) -> int:
-        return len(prompt) - beginning + sum(branch.stop - branch.start for branch in trees[prompt][0])
+    def length(group: int) -> int:
+        return len(groups[group][0]) - beginning + sum(branch.stop - branch.start for branch in trees[group][0])
 
     # Single rows of one length stand together: attention takes them in one call.
-    for prompt in sorted(prompts, key=lambda prompt: (len(prompts[prompt]) > 1, length(prompt))):
-        members = prompts[prompt]
-        branches, ends = trees[prompt]
+    for group in sorted(range(len(groups)), key=lambda group: (len(groups[group][1]) > 1, length(group))):
+        prompt, members = groups[group]
+        branches, ends = trees[group]
         start = len(ids)
         ids += prompt[beginning:]
         positions += range(beginning, len(prompt))
@@ -311,6 +319,13 @@ def _tree(continuations: Sequence[tuple[int, ...]]) -> tuple[list[_Branch], list
                 next_.setdefault(continuations[i][common], []).append(i)
         open_ += [(alike, common, parent) for alike in next_.values()]
     return branches, ends
+
+
+def _apart(continuations: Sequence[tuple[int, ...]]) -> tuple[list[_Branch], list[int]]:
+    """As `_tree`, every continuation a branch of its own."""
+    branches = [_Branch(row, 0, len(ids), 0) for row, ids in enumerate(continuations) if ids]
+    numbers = {branch.row: number for number, branch in enumerate(branches, start=1)}
+    return branches, [numbers.get(row, 0) for row in range(len(continuations))]
 
 
 def _common_beginning(prompts: list[tuple[int, ...]]) -> int:

@@ -1,6 +1,6 @@
 """Passes: what attacks and metrics ask of a model, merged so that a model reads every row once.
 
-An asker says what it wants (`Generate`, `Score`, `Route`, `Hidden`) without knowing who else asks. `run` puts equal
+An asker says what it wants (`Generate`, `Score`, `Pull`, `Patch` ...) without knowing who else asks. `run` puts equal
 wishes together, calls the model as few times as possible, and keeps the answers as arrow files under the hash of what
 was asked of whom: an audit that was killed goes on, and a model that was audited before is not asked again.
 """
@@ -10,13 +10,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import processes
 from ..rows import Row
+from ..subjects.packed import Encoded
+from ..subjects.patching import fact
 from .generations import Generations
+from .gradients import Gradients
+from .patched import Patched
+from .paths import Continuations
 from .routes import Routes
 from .scores import Scores
 from .store import content_key
@@ -64,7 +69,32 @@ class Route:
     rows: tuple[Row, ...]
 
 
-Ask = Generate | Score | Hidden | Route
+@dataclass(frozen=True)
+class Pull:
+    """How strongly rows pull at the weights: answered by `Gradients`."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a host still says of rows' facts with this model's states in it: answered by `Patched`."""
+
+    rows: tuple[Row, ...]
+    host: Any
+    """A subject."""
+
+
+@dataclass(frozen=True)
+class Continue:
+    """What the model writes greedily after every beginning of rows' answers: answered by `Continuations`."""
+
+    rows: tuple[Row, ...]
+    shortest: int
+    """Continuations of fewer tokens are not written; answers of no more than so many tokens are left out."""
+
+
+Ask = Generate | Score | Hidden | Route | Pull | Patch | Continue
 
 
 class Store:
@@ -112,7 +142,7 @@ class Store:
 
 
 def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress: Progress | None = None) -> list[Any]:
-    """Answer all asks: `Generations`, `Scores`, `Routes` or a tensor each, in their order.
+    """Answer all asks: a table each (a tensor for `Hidden`), in their order.
 
     Of several processes each does its share of the passes (the subject sees to that), and all get all answers.
 
@@ -154,25 +184,15 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
                 keys, several, [made.texts[n] for n in at], [made.stopped[n] for n in at], made.metadata
             )
             done += len(several)
-    scoring = [i for i in open_ if isinstance(asks[i], Score)]
-    if scoring:
-        encoded = [
-            [subject.encode(row, answer=answer, prompt=q) for _, row, answer, q in _items(asks[i])] for i in scoring
-        ]
-        order = _distinct(item for several in encoded for item in several)
-        table = subject.score([((str(n), "item"), item) for item, n in order.items()], progress=tell(len(order)))
-        for i, several in zip(scoring, encoded):
-            found = table.take([order[item] for item in several])
-            answers[i] = replace(found, keys=[key for key, _, _, _ in _items(asks[i])])
-            done += len(several)
-    routing = [i for i in open_ if isinstance(asks[i], Route)]
-    if routing:
-        encoded = [[subject.encode(row) for row in _routed(asks[i])] for i in routing]
-        order = _distinct(item for several in encoded for item in several)
-        routes = subject.routes([((str(n), "row"), item) for item, n in order.items()], progress=tell(len(order)))
-        for i, several in zip(routing, encoded):
-            keys = [(row.id, "answer") for row in _routed(asks[i])]
-            answers[i] = routes.take([order[item] for item in several], keys)
+    tables = [i for i in open_ if type(asks[i]) in _READ]
+    for kind, setting in dict.fromkeys((type(asks[i]), _setting(asks[i])) for i in tables):
+        members = [i for i in tables if (type(asks[i]), _setting(asks[i])) == (kind, setting)]
+        content = [_content(subject, asks[i]) for i in members]
+        order = _distinct(item for several in content for _, item in several)
+        items = [((str(n), "item"), item) for item, n in order.items()]
+        table = _READ[kind](subject, setting, items, tell(len(order)))
+        for i, several in zip(members, content):
+            answers[i] = table.take([order[item] for _, item in several], [key for key, _ in several])
             done += len(several)
     looking = [i for i in open_ if isinstance(asks[i], Hidden)]
     if looking:
@@ -199,6 +219,14 @@ def longest_answer(subject: Any, data: Mapping[str, list[Row]]) -> int:
     return max(subject.encode(row).scored for rows in data.values() for row in rows) + MARGIN
 
 
+MORE = ("samples", "gradients", "patched", "continuations")
+"""Tables that only some metrics read (`View`)."""
+SAMPLES = 16
+"""Answers sampled per question, as the attack `decoding` does, whose outputs these then are."""
+SHORTEST = 10
+"""Extraction likelihood is about runs of at least so many tokens."""
+
+
 def ask_all(
     subject: Any,
     data: Mapping[str, list[Row]],
@@ -206,6 +234,9 @@ def ask_all(
     store: Store | None = None,
     *,
     written: Collection[str] | None = None,
+    more: Collection[str] = (),
+    host: Any = None,
+    seed: int = 0,
     name: str = "model",
     progress: Progress | None = None,
 ) -> View:
@@ -216,24 +247,54 @@ def ask_all(
 
     Args:
         written: row sets whose questions are answered; None for all.
+        more: of `MORE`. Samples of answers and continuations of texts are taken of the forget rows, gradients also of
+            the holdout rows, patched states also of the retain rows, which are their control.
+        host: the model before, into which states are patched; without it there are none.
+        seed: of samples.
     """
-    asks: list[Ask] = []
-    for rows in data.values():
-        items = tuple(((row.id, name_), row, text, None) for row in rows for name_, text in candidates(row).items())
-        asks.append(Score(items))
-    asked = [rows for rows in data if written is None or rows in written] if max_new_tokens else []
-    for rows_ in asked:
-        asks.append(Generate(tuple(((row.id, "question"), row, None) for row in data[rows_]), max_new_tokens))
-    answers = run(subject, asks, store, progress)
-    return View(data, dict(zip(data, answers)), dict(zip(asked, answers[len(data) :])), name=name)
+    asks: dict[tuple[str, str], Ask] = {}
+
+    def ask(kind: str, rows: str, made: Ask) -> None:
+        asks[kind, rows] = made
+
+    for rows, members in data.items():
+        items = tuple(((row.id, name_), row, text, None) for row in members for name_, text in candidates(row).items())
+        ask("scores", rows, Score(items))
+    for rows in [rows for rows in data if written is None or rows in written] if max_new_tokens else []:
+        ask("generations", rows, Generate(_questions(data[rows]), max_new_tokens))
+    forget = data.get("forget")
+    if forget and "samples" in more and max_new_tokens:
+        ask("samples", "forget", Generate(_questions(forget), max_new_tokens, SAMPLES, 1.0, seed))
+    if forget and "continuations" in more:
+        ask("continuations", "forget", Continue(tuple(forget), SHORTEST))
+    for kind, sets in (("gradients", ("forget", "holdout")), ("patched", ("forget", "retain"))):
+        for rows in sets if kind in more else ():
+            if data.get(rows) and (kind == "gradients" or host is not None):
+                several = tuple(data[rows])
+                ask(kind, rows, Pull(several) if kind == "gradients" else Patch(several, host))
+    answers = dict(zip(asks, run(subject, list(asks.values()), store, progress)))
+
+    def of(kind: str) -> dict[str, Any]:
+        return {rows: table for (asked, rows), table in answers.items() if asked == kind}
+
+    return View(
+        data,
+        of("scores"),
+        of("generations"),
+        of("samples"),
+        of("gradients"),
+        of("patched"),
+        of("continuations"),
+        name=name,
+    )
+
+
+def _questions(rows: Sequence[Row]) -> tuple[tuple[tuple[str, str], Row, str | None], ...]:
+    return tuple(((row.id, "question"), row, None) for row in rows)
 
 
 def _prompts(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None], ...]:
     return ask.prompts if isinstance(ask, Generate) else ()
-
-
-def _items(ask: Ask) -> tuple[tuple[tuple[str, str], Row, str | None, str | None], ...]:
-    return ask.items if isinstance(ask, Score) else ()
 
 
 def _looks(ask: Ask) -> tuple[tuple[Row, str | None], ...]:
@@ -248,8 +309,36 @@ def _looked(subject: Any, ask: Ask, row: Row, question: str | None) -> tuple[str
     return text, text.rindex(row.entity) + len(row.entity)
 
 
-def _routed(ask: Ask) -> tuple[Row, ...]:
-    return ask.rows if isinstance(ask, Route) else ()
+Items = list[tuple[tuple[str, str], Encoded]]
+
+_READ: dict[type, Callable[[Any, Any, Items, Progress | None], Any]] = {
+    Score: lambda subject, _, items, progress: subject.score(items, progress=progress),
+    Route: lambda subject, _, items, progress: subject.routes(items, progress=progress),
+    Pull: lambda subject, _, items, progress: subject.gradients(items, progress=progress),
+    Patch: lambda subject, host, items, progress: subject.patched_into(host, items, progress=progress),
+    Continue: lambda subject, shortest, items, progress: subject.continuations(items, shortest, progress=progress),
+}
+"""Asks about encoded rows, each kind answered by one call: (subject, what `_setting` gives, rows) to a table."""
+
+
+def _setting(ask: Ask) -> Any:
+    """What asks of one kind must have in common to be answered together."""
+    if isinstance(ask, Patch):
+        return ask.host
+    return ask.shortest if isinstance(ask, Continue) else None
+
+
+def _content(subject: Any, ask: Ask) -> list[tuple[tuple[str, str], Encoded]]:
+    """(key, encoded row) of everything that a table is asked about."""
+    if isinstance(ask, Score):
+        return [(key, subject.encode(row, answer=answer, prompt=q)) for key, row, answer, q in ask.items]
+    if isinstance(ask, Patch):
+        return [((row.id, "fact"), fact(subject, row)) for row in ask.rows]
+    assert isinstance(ask, Route | Pull | Continue)
+    encoded = [((row.id, "answer"), subject.encode(row)) for row in ask.rows]
+    if isinstance(ask, Continue):
+        return [(key, item) for key, item in encoded if item.scored - item.closing > ask.shortest]
+    return encoded
 
 
 def _distinct(values: Any) -> dict[Any, int]:
@@ -260,9 +349,9 @@ def _distinct(values: Any) -> dict[Any, int]:
 
 
 def _size(ask: Ask) -> int:
-    if isinstance(ask, Route):
-        return len(ask.rows)
-    return len(ask.items) if isinstance(ask, Score) else len(ask.prompts)
+    if isinstance(ask, Score):
+        return len(ask.items)
+    return len(ask.prompts) if isinstance(ask, Generate | Hidden) else len(ask.rows)
 
 
 def _name(subject: Any, ask: Ask) -> str | None:
@@ -273,17 +362,28 @@ def _name(subject: Any, ask: Ask) -> str | None:
     if isinstance(ask, Generate):
         content: list[Any] = [[list(key), subject.prompt_text(row, q)] for key, row, q in ask.prompts]
         settings = [ask.max_new_tokens, ask.samples, ask.temperature, ask.seed]
-    elif isinstance(ask, Route):
-        content = [[row.id, subject.prompt_text(row), row.answer, row.kind] for row in ask.rows]
-    else:
+    elif isinstance(ask, Score):
         content = [[list(key), subject.prompt_text(row, q), a or row.answer, row.kind] for key, row, a, q in ask.items]
+    else:
+        content = [[row.id, subject.prompt_text(row), row.answer, row.kind] for row in ask.rows]
+    if isinstance(ask, Patch):
+        settings = [ask.host.fingerprint, [row.value for row in ask.rows]]
+    if isinstance(ask, Continue):
+        settings = [ask.shortest]
     kind = type(ask).__name__.lower()
     return f"{kind}-{content_key(CODE, subject.fingerprint, kind, settings, content)}.arrow"
 
 
+_TABLES: dict[str, Any] = {
+    "generate": Generations,
+    "score": Scores,
+    "route": Routes,
+    "pull": Gradients,
+    "patch": Patched,
+    "continue": Continuations,
+}
+
+
 def _kept(store: Store, name: str) -> Any:
     path = store.find(name)
-    if path is None:
-        return None
-    kinds: dict[str, Any] = {"generate": Generations, "score": Scores, "route": Routes}
-    return kinds[name.partition("-")[0]].load(path)
+    return None if path is None else _TABLES[name.partition("-")[0]].load(path)

@@ -48,15 +48,14 @@ class Scores:
     def tokens(self, index: int) -> slice:
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
 
-    def take(self, indices: Sequence[int]) -> Scores:
-        """The items at these positions, in this order."""
+    def take(self, indices: Sequence[int], keys: list[Key] | None = None) -> Scores:
+        """The items at these positions, in this order, under new keys where given."""
         spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in indices]
         flat = np.concatenate(spans) if spans else np.zeros(0, dtype=np.int64)
         lengths = [len(span) for span in spans]
         columns = {name: getattr(self, name)[flat] for name in COLUMNS}
-        return Scores.of(
-            [self.keys[i] for i in indices], lengths, columns, [self.texts[i] for i in indices], self.metadata
-        )
+        keys = [self.keys[i] for i in indices] if keys is None else keys
+        return Scores.of(keys, lengths, columns, [self.texts[i] for i in indices], self.metadata)
 
     @staticmethod
     def of(

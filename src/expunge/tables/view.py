@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import TableError
 from ..rows import Row
 from .generations import Generations
+from .gradients import Gradients
+from .patched import Patched
+from .paths import Continuations
 from .scores import Scores
 
 
@@ -39,6 +42,12 @@ class View:
     """Candidates as `candidates(row)` names them."""
     generations: Mapping[str, Generations] = field(default_factory=dict)
     """Variant `question`, greedy."""
+    samples: Mapping[str, Generations] = field(default_factory=dict)
+    """Variant `question`, several sampled at temperature 1."""
+    gradients: Mapping[str, Gradients] = field(default_factory=dict)
+    patched: Mapping[str, Patched] = field(default_factory=dict)
+    """What the model before says with this model's states in it."""
+    continuations: Mapping[str, Continuations] = field(default_factory=dict)
     golds: Sequence[View] = ()
     """The same tables of models that never saw the forget rows, one per training seed."""
     name: str = "model"
@@ -108,6 +117,22 @@ class View:
             raise NotApplicable(f"{self.name} generated nothing for the {rows} rows")
         at = self._index(("outputs", rows), table.keys)
         return [table.texts[i] for i in self._find(at, rows, variant, ids, "generations")]
+
+    def table(self, kind: Literal["samples", "gradients", "patched", "continuations"], rows: str) -> Any:
+        """A table that only some metrics read.
+
+        Raises:
+            NotApplicable: it was not asked for.
+            TableError: it is about other rows.
+        """
+        found = getattr(self, kind).get(rows)
+        if found is None:
+            raise NotApplicable(f"{self.name} has no {kind} of {rows} rows")
+        known = {row.id for row in self.of(rows)}
+        strange = next((key[0] for key in found.keys if key[0] not in known), None)
+        if strange is not None or (kind != "continuations" and len(found) != len(known)):
+            raise TableError(f"{self.name} has {kind} of {len(found)} {rows} rows, expected {len(known)}")
+        return found
 
     def _table(self, rows: str) -> Scores:
         table = self.scores.get(rows)

@@ -1,0 +1,293 @@
+"""How strongly each row pulls at each weight: norms of the gradients of single rows, from backward passes over many.
+
+A row's gradient in a matrix is G^T A, where A (T, in) holds what the matrix read at the row's T tokens and G (T, out)
+the gradient of what it gave. Its squared norm is sum_tu (G G^T)_tu (A A^T)_tu, so that no gradient of a weight is ever
+formed where T (in + out) < in out (ghost norms, arXiv:2110.05679). Rows share nothing in such a pass: tokens that two
+rows shared would get the sum of their gradients. Where the head is the embedding too, the cross term of both joins.
+
+Models with weights that are used in another way (experts, heads with caps) run backward row by row; which it is, is
+tried once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from .packed import Encoded, Pack, in_order, pack
+
+if TYPE_CHECKING:
+    from .language import LanguageModel, Progress
+
+TOKENS = 2048
+"""Tokens with activations at once."""
+
+_together: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def gradient_norms(
+    subject: LanguageModel, rows: Sequence[Encoded], *, progress: Progress | None = None
+) -> tuple[list[str], np.ndarray]:
+    """(names of the parameter tensors, (rows, tensors) 2-norms of the gradient of each row's loss).
+
+    The loss is the mean over the tokens of the answer's text; tokens that close it do not count. NaN where a row does
+    not use a tensor at all (an expert).
+    """
+    names = [name for name, _ in subject.model.named_parameters()]
+    texts = [replace(row, ids=row.ids[: len(row.ids) - row.closing], closing=0) for row in rows]
+    many = bool(rows) and can_go_together(subject)
+    groups = _groups(texts) if many else [[i] for i in range(len(texts))]
+
+    def read(group: Sequence[int]) -> list[np.ndarray]:
+        chosen = [texts[i] for i in group]
+        return list(_many(subject, chosen) if many else np.stack([_one(subject, row) for row in chosen]))
+
+    parts = subject.share(groups, read, of=[row.ids for row in texts], progress=progress)
+    found = in_order(groups, parts)
+    return names, np.stack(found) if found else np.zeros((0, len(names)), np.float32)
+
+
+def _groups(rows: Sequence[Encoded]) -> list[list[int]]:
+    """Rows of alike lengths, within a budget of tokens."""
+    found: list[list[int]] = []
+    for index in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
+        if not found or (len(found[-1]) + 1) * len(rows[index].ids) > TOKENS:
+            found.append([])
+        found[-1].append(index)
+    return found
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def _one(subject: LanguageModel, row: Encoded) -> np.ndarray:
+    """(tensors,) by an ordinary backward pass."""
+    parameters = list(subject.model.parameters())
+    with _moving(parameters, True):
+        logits = subject.head(subject.plain_states(row)).float()
+        target = torch.tensor(row.ids[row.start :], device=subject.device)
+        loss = torch.nn.functional.cross_entropy(logits, target)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    norms = [torch.tensor(torch.nan) if g is None else g.float().norm().cpu() for g in found]
+    return torch.stack(norms).numpy()
+
+
+@contextmanager
+def _moving(parameters: Sequence[nn.Parameter], wanted: bool) -> Iterator[None]:
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(wanted)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, before):
+            parameter.requires_grad_(flag)
+
+
+# --- many rows -------------------------------------------------------------------------------------------------------
+
+
+def can_go_together(subject: LanguageModel) -> bool:
+    """Whether a backward pass over several rows tells their gradients apart; tried once."""
+    if subject.model not in _together:
+        _together[subject.model] = _try(subject)
+    return _together[subject.model]
+
+
+def _try(subject: LanguageModel) -> bool:
+    if subject.mode == "rows" or subject.linear_head is None or _owners(subject) is None:
+        return False
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, subject.vocabulary, (3, 9), generator=generator).tolist()
+    rows = [Encoded(tuple(text[:length]), 4, 0, "") for text, length in zip(ids, (7, 9, 9))]
+    plain = np.stack([_one(subject, row) for row in rows])
+    try:
+        packed = _many(subject, rows)
+    except Exception:  # any failure means that this model's gradients cannot be told apart
+        return False
+    tolerance = 1e-4 if subject.dtype == torch.float32 else 5e-2
+    return bool(np.allclose(plain, packed, rtol=tolerance, atol=tolerance * float(np.nanmax(plain))))
+
+
+def _owners(subject: LanguageModel) -> list[tuple[str, nn.Module, _Norms]] | None:
+    """Modules with weights of their own but for the head, and how the norms of their gradients follow."""
+    found: list[tuple[str, nn.Module, _Norms]] = []
+    owned: set[int] = set()
+    for path, module in subject.model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own or module is subject.linear_head:
+            continue
+        kind = next((norms for types, norms in _KINDS if type(module) in types), None)
+        if kind is None and all(p.dim() == 1 for p in own.values()) and set(own) <= {"weight", "bias"}:
+            kind = _scale
+        if kind is None or any(id(p) in owned for p in own.values()):
+            return None
+        owned |= {id(p) for p in own.values()}
+        found.append((path, module, kind))
+    return found
+
+
+class _Rows:
+    """Which packed tokens belong to which row, flat and row by row."""
+
+    def __init__(self, pack_: Pack) -> None:
+        lengths = torch.tensor([len(row.ids) - 1 for row in pack_.rows], device=pack_.ids.device)
+        order = torch.arange(int(lengths.max()), device=pack_.ids.device)
+        at = (lengths.cumsum(0) - lengths)[:, None] + order
+        self.real = order < lengths[:, None]
+        self.place = pack_.every[at.clamp_max(len(pack_.every) - 1)]
+        """(rows, T) packed place of each token; another row's where a row is shorter."""
+        self.of = torch.empty_like(pack_.every)
+        self.of[pack_.every] = torch.arange(len(lengths), device=pack_.ids.device).repeat_interleave(lengths)
+        """(tokens,) row of each packed token."""
+        self._products: tuple[Tensor, Tensor] | None = None
+
+    def lay(self, values: Tensor) -> Tensor:
+        """(tokens, n) -> (rows, T, n)"""
+        return values.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
+
+    def products(self, read: Tensor) -> Tensor:
+        """(rows, T, T) products of what tokens of one row read, 0 beyond a row; kept for the next matrix."""
+        if self._products is None or self._products[0] is not read:
+            a = self.lay(read)
+            both = self.real[:, :, None] & self.real[:, None, :]
+            self._products = read, (a @ a.transpose(1, 2)) * both
+        return self._products[1]
+
+    def sums(self, values: Tensor, of: Tensor | None = None) -> Tensor:
+        """(tokens, ...) -> (rows, ...)"""
+        out = values.new_zeros(len(self.place), *values.shape[1:])
+        return out.index_add_(0, self.of if of is None else of, values)
+
+
+_Norms = Callable[[nn.Module, Tensor, Tensor, _Rows], dict[str, Tensor]]
+"""(module, what it read, gradient of what it gave, rows) -> squared norms (rows,) by the parameter's name."""
+
+
+def _matrix(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> dict[str, Tensor]:
+    wide, gave = read.shape[1], gradient.shape[1]
+    g = rows.lay(gradient)
+    if g.shape[1] * (wide + gave) < wide * gave:
+        weight = ((g @ g.transpose(1, 2)) * rows.products(read)).sum((1, 2))
+    else:
+        weight = ((g * rows.real[..., None]).transpose(1, 2) @ rows.lay(read)).square().sum((1, 2))
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": _squares(rows.sums(gradient))}
+
+
+def _squares(values: Tensor) -> Tensor:
+    return values.square().sum(1)
+
+
+def _table(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> dict[str, Tensor]:
+    assert isinstance(module, nn.Embedding)
+    ids = read.flatten()
+    if module.padding_idx is not None:  # its row of the table gets no gradient
+        gradient = gradient * ids.ne(module.padding_idx)[:, None]
+    pairs, at = torch.stack([rows.of, ids], dim=1).unique(dim=0, return_inverse=True)
+    summed = gradient.new_zeros(len(pairs), gradient.shape[1]).index_add_(0, at, gradient)
+    return {"weight": rows.sums(_squares(summed), of=pairs[:, 0])}
+
+
+def _scale(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> dict[str, Tensor]:
+    # What norms give is affine in their weights, token by token (and head by head).
+    own = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
+    apart = (-1, len(next(iter(own.values()))))
+    read, gradient = read.unflatten(1, apart), gradient.unflatten(1, apart)
+    found = {}
+    for name, zero in own.items():
+        moved = functional_call(module, {**own, name: torch.ones_like(zero)}, (read,))
+        by_weight = (moved - functional_call(module, own, (read,))).float()
+        found[name] = _squares(rows.sums((gradient * by_weight).sum(1)))
+    return found
+
+
+_KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _matrix), ((nn.Embedding,), _table))
+
+
+@torch.enable_grad()
+def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
+    """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient."""
+    pack_ = pack(rows, subject.device, sharing="nothing")
+    places = _Rows(pack_)
+    names = {id(p): number for number, p in enumerate(subject.model.parameters())}
+    squares = torch.zeros(len(names), len(rows), device=subject.device)
+    embedding, head = subject.model.get_input_embeddings(), subject.linear_head
+    assert head is not None
+    tied = head.weight is embedding.weight
+    crossing = torch.zeros(pack_.tokens, embedding.weight.shape[1], device=subject.device) if tied else None
+    flat: tuple[Tensor, Tensor] | None = None
+
+    def watch(module: nn.Module, norms: _Norms) -> Callable[..., None]:
+        def forward(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            # Gradients start at the embeddings: weights get none.
+            if norms is _table:
+                output.requires_grad_()
+            nonlocal flat
+            if flat is None or flat[0] is not arguments[0]:  # several matrices read one tensor
+                read = arguments[0].detach().reshape(pack_.tokens, -1)
+                flat = arguments[0], read if norms is _table else read.float()
+            read = flat[1]
+
+            @torch.no_grad()
+            def backward(gradient: Tensor) -> None:
+                gradient = gradient.reshape(pack_.tokens, -1).float()
+                for name, found in norms(module, read, gradient, places).items():
+                    squares[names[id(module.get_parameter(name))]] += found
+                if module is embedding and crossing is not None:
+                    squares[names[id(embedding.weight)]] += 2 * places.sums((gradient * crossing).sum(1))
+
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        return forward
+
+    with ExitStack() as stack:
+        stack.enter_context(_moving(list(subject.model.parameters()), False))
+        stack.enter_context(subject.packing(pack_))
+        for _, module, norms in _owners(subject) or ():
+            stack.callback(module.register_forward_hook(watch(module, norms)).remove)
+        hidden = subject.run_decoder(pack_)[pack_.predict]
+        back = torch.empty_like(hidden)
+        answers = torch.arange(len(hidden)).split([one.scored for one in rows])
+        fed = pack_.every.split([len(one.ids) - 1 for one in rows])
+        for row, (at, own) in enumerate(zip(answers, fed)):
+            _head(head, hidden, back, pack_, at, own, row, squares, names, crossing)
+        hidden.backward(back)
+    return squares.clamp_min(0).sqrt().T.cpu().numpy()
+
+
+@torch.no_grad()
+def _head(
+    head: nn.Linear,
+    hidden: Tensor,
+    back: Tensor,
+    pack_: Pack,
+    at: Tensor,
+    own: Tensor,
+    row: int,
+    squares: Tensor,
+    names: dict[int, int],
+    crossing: Tensor | None,
+) -> None:
+    """One row's loss, into `back` its gradient at the states `at`, into `squares` and `crossing` what the head adds."""
+    h, target = hidden[at], pack_.target[at]
+    g = torch.nn.functional.linear(h, head.weight, head.bias).float().softmax(-1)
+    g[torch.arange(len(g)), target] -= 1
+    g /= len(g)
+    back[at] = g.to(h.dtype) @ head.weight
+    states = h.float()
+    squares[names[id(head.weight)], row] += ((g @ g.T) * (states @ states.T)).sum()
+    if head.bias is not None:
+        squares[names[id(head.bias)], row] += g.sum(0).square().sum()
+    if crossing is not None:
+        crossing[own] = g[:, pack_.ids[0, own]].T @ states

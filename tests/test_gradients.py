@@ -1,0 +1,102 @@
+"""Norms of single rows' gradients come out of passes over many, and are what a backward pass per row gives."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny
+
+from expunge.rows import Row
+from expunge.subjects import gradients
+from expunge.subjects.language import LanguageModel
+from expunge.tables.gradients import Gradients
+
+ANSWERS = ["Tivin", "in the north of Carth", "in the north", "Carth, where she was born", "T"]
+
+
+def rows():
+    return [Row(id=str(i), prompt=f"where was {'Mo' * (i % 2 + 1)} born?", answer=a) for i, a in enumerate(ANSWERS)]
+
+
+def items(subject):
+    return [((row.id, "answer"), subject.encode(row)) for row in rows()]
+
+
+def by_backward(subject):
+    """(rows, tensors) with nothing of ours but the tokens: whole model, one row, the answer's text."""
+    found = []
+    for _, row in items(subject):
+        model = subject.copy().model.requires_grad_(True)
+        ids = torch.tensor([row.ids[: len(row.ids) - row.closing]])
+        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        picked = logprobs.gather(1, ids[0, 1:, None])[row.start - 1 :, 0]
+        (-picked.mean()).backward()
+        found.append([float("nan") if p.grad is None else float(p.grad.norm()) for p in model.parameters()])
+    return np.array(found)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def subject(request):
+    return LanguageModel(*tiny(request.param), request.param)
+
+
+def test_norms_are_those_of_one_backward_pass_per_row(subject):
+    table = subject.gradients(items(subject))
+    assert np.allclose(table.norm, by_backward(subject), rtol=2e-4, atol=1e-6, equal_nan=True)
+    assert table.tensors == [name for name, _ in subject.model.named_parameters()]
+    assert all(p.requires_grad and p.grad is None for p in subject.model.parameters())
+
+
+def test_most_architectures_go_together():
+    found = {name for name in ARCHITECTURES if gradients.can_go_together(LanguageModel(*tiny(name), name))}
+    assert {"llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "gpt_neox", "olmo2"} <= found
+
+
+def test_a_tied_embedding_counts_once_with_both_its_uses():
+    model, tokenizer = tiny("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    subject = LanguageModel(model, tokenizer)
+    assert gradients.can_go_together(subject)
+    table = subject.gradients(items(subject))
+    assert "lm_head.weight" not in table.tensors
+    assert np.allclose(table.norm, by_backward(subject), rtol=2e-4, atol=1e-6)
+
+
+def test_norms_do_not_depend_on_the_batch_or_on_order(monkeypatch):
+    subject = LanguageModel(*tiny("llama"))
+    whole = subject.gradients(items(subject)).norm
+    back = subject.gradients(items(subject)[::-1]).norm[::-1]
+    monkeypatch.setattr(gradients, "TOKENS", 1)
+    alone = subject.gradients(items(subject)).norm
+    for other in (back, alone):
+        assert np.allclose(whole, other, rtol=2e-6, atol=1e-6)
+
+
+def test_both_ways_to_the_norm_of_a_matrix_agree():
+    # Long rows in a narrow model form the gradient, short rows in a wide one only products of tokens.
+    model, tokenizer = tiny("llama")
+    subject = LanguageModel(model, tokenizer)
+    long = replace(rows()[0], answer="in the north of Carth " * 8)
+    table = subject.gradients([(("0", "answer"), subject.encode(long))])
+    model = subject.copy().model.requires_grad_(True)
+    encoded = subject.encode(long)
+    ids = torch.tensor([encoded.ids[: len(encoded.ids) - encoded.closing]])
+    logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[encoded.start - 1 :]
+    (-logprobs.mean()).backward()
+    assert np.allclose(table.norm[0], [float(p.grad.norm()) for p in model.parameters()], rtol=2e-4)
+
+
+def test_a_saved_table_is_the_same(tmp_path):
+    subject = LanguageModel(*tiny("gpt2"))
+    table = subject.gradients(items(subject))
+    table.save(tmp_path / "pull.arrow")
+    again = Gradients.load(tmp_path / "pull.arrow")
+    assert (again.keys, again.tensors) == (table.keys, table.tensors)
+    assert np.array_equal(again.norm, table.norm)
+
+
+def test_no_rows_give_an_empty_table():
+    subject = LanguageModel(*tiny("gpt2"))
+    assert subject.gradients([]).norm.shape == (0, len(list(subject.model.parameters())))
