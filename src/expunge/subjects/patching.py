@@ -28,6 +28,13 @@ TOKENS = 4096
 """Tokens fed in one pass, variants included."""
 
 
+def bare(subject: Any) -> LanguageModel:
+    """The model inside all guards: a guard has no states of its own."""
+    while hasattr(subject, "inner"):
+        subject = subject.inner
+    return subject  # type: ignore[no-any-return]
+
+
 def fact(subject: LanguageModel, row: Row) -> Encoded:
     """The row up to the end of its fact, whose tokens are the scored ones: its value where the answer says it.
 
@@ -58,8 +65,7 @@ def patched(
     Raises:
         MismatchError: the models have other shapes.
     """
-    while hasattr(host, "inner"):  # a guard has no states of its own
-        host = host.inner
+    host = bare(host)
     shapes = [(len(model.blocks), model.model.config.get_text_config().hidden_size) for model in (host, donor)]
     if shapes[0] != shapes[1]:
         raise MismatchError(
