@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import catalogue, deltas, ledger, measure, work, world
+from .commands import catalogue, deltas, ledger, measure, serve, work, world
 from .commands.console import remark, say
 from .errors import LaunchError
 from .processes import end, launched
@@ -55,6 +55,7 @@ app.command()(measure.bench)
 app.command()(measure.sweep)
 app.command()(measure.calibrate)
 app.command()(measure.reproduce)
+app.command()(serve.serve)
 app.command("list")(catalogue.list_parts)
 app.command()(catalogue.card)
 app.command()(catalogue.schema)

@@ -106,7 +106,7 @@ class LedgerError(ExpungeError):
 
 
 class LaunchError(ExpungeError):
-    """The processes of one launch do not fit together, or what they were launched for."""
+    """The processes of one launch do not fit together, or what they were launched for; a server cannot start."""
 
     code = "E530"
 

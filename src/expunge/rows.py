@@ -16,7 +16,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,30 @@ def read_rows(source: Source, name: str) -> list[Row]:
         raise RowError(f"{source.path}: fields: there is no field {unknown[0]!r} to map. {suggest(unknown[0], KNOWN)}")
     if source.entity_every is not None and source.entity_every < 1:
         raise RowError(f"{source.path}: entity_every is {source.entity_every}, expected at least 1")
+    return rows_of(records(source), name, source.path, source.fields, source.entity_every)
+
+
+def rows_of(
+    found: Iterable[Record],
+    name: str,
+    where: str,
+    fields: Mapping[str, str] | None = None,
+    entity_every: int | None = None,
+) -> list[Row]:
+    """Rows of records that were read already; see `read_rows`.
+
+    Args:
+        where: what the records come from, for errors.
+    """
     rows: list[Row] = []
-    for where, record in records(source):
-        row = _row(where, record, source.fields, f"{name}/{len(rows) + 1}")
+    for place, record in found:
+        row = _row(place, record, fields or {}, f"{name}/{len(rows) + 1}")
         if not row.entity:
-            block = len(rows) // source.entity_every + 1 if source.entity_every else None
+            block = len(rows) // entity_every + 1 if entity_every else None
             row = replace(row, entity=f"{name}/block {block}" if block else row.id)
         rows.append(row)
     if not rows:
-        raise RowError(f"{source.path}: 0 rows, expected at least 1")
+        raise RowError(f"{where}: 0 rows, expected at least 1")
     first: dict[str, str] = {}
     for row in rows:
         if row.id in first:

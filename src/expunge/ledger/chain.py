@@ -24,11 +24,20 @@ from typing import Any
 
 from ..errors import LedgerError, suggest
 
-EVENTS = ("request_received", "started", "resumed", "interrupted", "finished", "failed")
+EVENTS = (
+    "request_received",
+    "started",
+    "resumed",
+    "interrupted",
+    "finished",
+    "failed",
+    "guard_added",
+    "guard_withdrawn",
+)
 FIELDS = (
     "request",  # hash of the request
     "run",  # key of the run
-    "kind",  # change or audit
+    "kind",  # change, audit or serve
     "rows",  # counts by set
     "entities",
     "fingerprints",  # salted hashes by set

@@ -108,6 +108,21 @@ class Room(DynamicLayer):
         self.whole = [part[rows, :, unused:] for part in self.whole]
         self._show()
 
+    def join(self, other: Room, width: int) -> None:
+        """Take in the rows of another; both then end at column `width`."""
+        both = [self, other]
+        for i, part in enumerate(self.whole):
+            # Zeros, since what attention leaves out still must not be NaN.
+            room = part.new_zeros(sum(len(one.whole[i]) for one in both), part.shape[1], width + SPARE, part.shape[3])
+            first = 0
+            for one in both:
+                rows = one.whole[i][:, :, : one.used]
+                room[first : first + len(rows), :, width - one.used : width] = rows
+                first += len(rows)
+            self.whole[i] = room
+        self.used = width
+        self._show()
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in the next tokens (rows, heads, n, width); returns all keys and values."""
         first, self.used = self.used, self.used + key_states.shape[2]
@@ -147,6 +162,14 @@ class Contexts:
         self.seen = self.seen[rows, unused:]
         for layer in self.cache.layers:
             layer.keep(rows, unused)
+
+    def join(self, other: Contexts) -> None:
+        """Go on together with another's rows, which stand behind these."""
+        width = max(self.seen.shape[1], other.seen.shape[1])
+        self.seen = torch.cat([nn.functional.pad(one.seen, (width - one.seen.shape[1], 0)) for one in (self, other)])
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        for layer, more in zip(self.cache.layers, other.cache.layers):
+            layer.join(more, width)
 
     def feed(self, module: nn.Module, tokens: Tensor, **more: Any) -> Any:
         """What the module says of the next token (rows, 1), which is read from now on."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,15 @@ class Started:
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows."""
         self.contexts.keep(rows)
+
+    def join(self, other: Any) -> bool:
+        """Go on together with prompts that were read later, whose rows stand behind these; False where they cannot."""
+        if not (isinstance(other, Started) and isinstance(self.contexts, Contexts)):
+            return False
+        if not isinstance(other.contexts, Contexts) or other.subject.model is not self.subject.model:
+            return False
+        self.contexts.join(other.contexts)
+        return True
 
     def follow(self, tokens: Tensor) -> Tensor:
         """(rows, V) logits of what follows these tokens (rows,), which are read from now on."""

@@ -121,6 +121,12 @@ class Guarding:
         self.started.keep(rows)
         self.lines = [line.copy() if (line := self.lines[row]) else None for row in rows.tolist()]
 
+    def join(self, other: Any) -> bool:
+        """As `Started.join`; every line keeps the guard that it began under."""
+        joined = isinstance(other, Guarding) and self.started.join(other.started)
+        self.lines += other.lines if joined else []
+        return bool(joined)
+
     def follow(self, tokens: Tensor) -> Tensor:
         for line, token in zip(self.lines, tokens.tolist()):
             if line:
