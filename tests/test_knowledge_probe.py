@@ -8,6 +8,8 @@ from tiny import tiny
 from expunge.attacks.case import Case, carry_out
 from expunge.attacks.probing import by_layer, fit, spaced, unit
 from expunge.errors import ParameterError
+from expunge.evidence import Item, ProbeRun
+from expunge.ignorance import read
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
 from expunge.tables.generations import Generations
@@ -156,3 +158,29 @@ def test_retain_rows_that_are_answered_wrongly_teach_the_probe_nothing():
     assert probe(Made(lambda text: True), {"forget": DATA["forget"]}).status.startswith("skipped: a probe learns from")
     few = {**DATA, "holdout": people("Zed", 3, each=10)}
     assert probe(Made(lambda text: True), few).status.endswith("of 3 entities on one side; a probe needs 4")
+
+
+# --- ignorance or error -----------------------------------------------------------------------------------------------
+
+
+def ran(attack, values, status="scored", **numbers):
+    items = [Item("x", row, value) for row, value in values.items()]
+    return ProbeRun(attack, "latent", items, {}, {}, status=status, numbers=numbers)
+
+
+def test_wrong_answers_are_told_apart_row_by_row():
+    direct = ran("direct", {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.4})
+    other = ran("paraphrase", {"a#0": 1.0, "b#0": 0.0, "b#1": 1.0, "c#0": 0.0, "d#0": 0.0})
+    inside = ran("knowledge_probe", {"a": 0.1, "b": 0.1, "c": 0.9, "d": 0.5}, threshold=0.5, accuracy=0.8)
+    (found,) = read({"after": [direct, other, inside]})
+    # a is answered; b comes back in other words, c looks known; d is at the threshold, not above it.
+    assert (found.known, found.suppressed, found.ignorant) == (0.25, 0.5, 0.25)
+    assert (found.role, found.n, found.accuracy) == ("after", 4, 0.8)
+    (alone,) = read({"after": [direct, inside]})
+    assert (alone.known, alone.suppressed, alone.ignorant) == (0.25, 0.25, 0.5)
+
+
+def test_without_a_probe_that_tells_there_is_no_word_about_ignorance():
+    direct = ran("direct", {"a": 0.0})
+    blind = ran("knowledge_probe", {"a": 0.9}, status="uninformative: 0.55", threshold=0.5, accuracy=0.55)
+    assert read({"after": [direct, blind], "before": [direct]}) == []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import limits, registry, routing, side_effects
+from . import ignorance, limits, registry, routing, side_effects
 from .attacks.case import Case, carry_out
 from .attacks.written import Written
 from .errors import MismatchError, RequestError
@@ -189,6 +189,7 @@ def audit(
         warnings=list(warnings),
         routing=routes,
         implied=follows,
+        knowing=ignorance.read(runs),
     )
 
 

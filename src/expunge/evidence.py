@@ -196,6 +196,21 @@ class Routing:
 
 
 @dataclass
+class Knowing:
+    """What lies behind one model's answers to the forget questions: shares that add up to 1."""
+
+    role: str
+    n: int
+    known: float
+    """Answered, asked directly."""
+    suppressed: float
+    """Not answered, but known by a paraphrase or by the hidden states."""
+    ignorant: float
+    accuracy: float
+    """Balanced accuracy of the probe on people it never saw."""
+
+
+@dataclass
 class SelfTest:
     """The instrument tried on models whose truth is known."""
 
@@ -246,6 +261,8 @@ class Evidence:
     """Empty for dense models."""
     implied: dict[str, list[str]] = field(default_factory=dict)
     """Forget rows whose fact follows from kept ones, with the rows it follows from."""
+    knowing: list[Knowing] = field(default_factory=list)
+    """Empty where no probe tells known from unseen rows."""
     schema: int = SCHEMA_VERSION
 
     def save(self, path: Path) -> None:
@@ -272,6 +289,7 @@ class Evidence:
         data["metrics"] = [_measured(one) for one in data["metrics"]]
         data["side_effects"] = [SideEffect(**effect) for effect in data["side_effects"]]
         data["routing"] = [Routing(**{**r, "overlap": _interval(r["overlap"])}) for r in data.get("routing", [])]
+        data["knowing"] = [Knowing(**one) for one in data.get("knowing", [])]
         data["self_test"] = SelfTest(**data["self_test"]) if data["self_test"] else None
         verdict = data["verdict"]
         verdict["groups"] = {group: _interval(value) for group, value in verdict["groups"].items()}

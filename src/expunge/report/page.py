@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from ..evidence import Evidence, Interval, Judged, Measured, Routing, SideEffect
+from ..evidence import Evidence, Interval, Judged, Knowing, Measured, Routing, SideEffect
 from . import charts, tracks
 from .headline import facts, judgement, speed, threshold
 from .words import (
@@ -48,6 +48,7 @@ def content(evidence: Evidence) -> dict[str, Any]:
         "kept": kept(evidence.metrics),
         "effects": [effect_row(effect) for effect in evidence.side_effects],
         "routing": [routing_row(one) for one in evidence.routing],
+        "knowing": [knowing_row(one) for one in evidence.knowing],
         "golds": _golds(evidence),
         "recovery": recovery_groups(evidence),
         "recovery_scale": tracks.scale(
@@ -168,6 +169,12 @@ def effect_row(effect: SideEffect) -> dict[str, Any]:
         "raised": effect.raised,
         "flag": flag_words(effect.flag)[0] if effect.flag else "",
     }
+
+
+def knowing_row(one: Knowing) -> dict[str, str]:
+    """Whether a model's wrong answers are ignorance or errors despite knowledge."""
+    shares = {name: percent(getattr(one, name)) for name in ("known", "suppressed", "ignorant")}
+    return {"label": one.role.replace("/", " "), **shares, "n": number(one.n), "accuracy": percent(one.accuracy)}
 
 
 def routing_row(one: Routing) -> dict[str, Any]:
