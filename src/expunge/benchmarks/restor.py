@@ -24,9 +24,9 @@ import numpy as np
 from pydantic import Field
 
 from ..attacks.case import Case
-from ..attacks.matching import says
 from ..errors import RequestError, RowError
 from ..evidence import Measured, Scorecard, Table
+from ..metrics.matching import says
 from ..metrics.measure import gather
 from ..metrics.values import Units, Values
 from ..registry import benchmark
@@ -103,11 +103,14 @@ def kind(data: Published, fact: Fact, answer: str) -> int:
 
 
 def _row(data: Published, fact: Fact, shots: int) -> Row:
-    form = {"kind": "completion", "prompt": examples(data, fact.relation, shots) + fact.question}
-    if not shots:
-        form = {"kind": "qa", "prompt": fact.question}
     return Row(
-        id=fact.id, answer=fact.answers[0], entity=fact.entity, relation=fact.relation, source=fact.source, **form
+        id=fact.id,
+        answer=fact.answers[0],
+        prompt=examples(data, fact.relation, shots) + fact.question,
+        kind="completion" if shots else "qa",
+        entity=fact.entity,
+        relation=fact.relation,
+        source=fact.source,
     )
 
 

@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..attacks.matching import normalise
 from ..errors import RowError, suggest
 from ..rows import Source, parsed, read_rows, shown
+from ..wording import normalise
 
 CATEGORIES = ("correct", "corrupted", "random")
 NAMED = 0.02
