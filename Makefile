@@ -42,7 +42,7 @@ docs-check: $(STAMP)
 	$(BIN)/python docs/generate.py --check
 
 bench: $(STAMP)
-	for name in steps npo_reference audit_pass extraction_likelihood; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in steps npo_reference audit_pass extraction_likelihood tofu_eval; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 check: lint docs-check test
 
