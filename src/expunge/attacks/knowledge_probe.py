@@ -61,6 +61,7 @@ def knowledge_probe(case: Case, *, at: Literal["entity", "prompt"] = "entity", l
     items = [Item(row.entity or row.id, row.id, float(value)) for row, value in zip(case.forget, values)]
     numbers = {
         "accuracy": probe.accuracy,
+        "unseen": float(probe.held_out[labels == 0, 1].mean()),
         "threshold": float(np.quantile(probe.held_out[labels == 0, 1], EXCEEDED)),
         "layer": float(probe.layer),
         "known_rows": float(len(right)),

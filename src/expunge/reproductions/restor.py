@@ -183,7 +183,7 @@ def scores(world: World, subject: LanguageModel, tuning: Mapping[str, float] | N
     return {name: card.value(name) for name in SHOWN}
 
 
-@reproduction(paper="arXiv:2411.00204", cost="5 min on 2 cores")
+@reproduction(paper="arXiv:2411.00204", cost="3 min on 2 cores")
 def restor(
     case: Case,
     *,
