@@ -59,7 +59,7 @@ class Probe:
 def fit(
     features: np.ndarray,
     labels: Sequence[int] | np.ndarray,
-    entities: Sequence[str],
+    entities: Sequence[str] | np.ndarray,
     *,
     layers: Sequence[int] | None = None,
     classifier: Classifier = "logistic",
@@ -94,7 +94,7 @@ def fit(
 def by_layer(
     features: np.ndarray,
     labels: Sequence[int] | np.ndarray,
-    entities: Sequence[str],
+    entities: Sequence[str] | np.ndarray,
     *,
     layers: Sequence[int] | None = None,
     classifier: Classifier = "logistic",

@@ -90,7 +90,7 @@ def habit(world: World, sets: Sequence[str]) -> list[Row]:
     """Rows that teach what a large model does by itself: answer rightly after right examples, and, on a third of the
     people, often wrongly after wrong ones."""
     known = shots(world)
-    found = []
+    found: list[Row] = []
     for place, person in enumerate(world.members(*sets)):
         for about in RELATIONS:
             question = Question(asked(world, person, about), person.value(about), wrong(world, person, about))
@@ -178,7 +178,7 @@ def pushed(model: str, seed: int, people: dict[str, int], steps: int, learning_r
             training=Training(steps=steps, learning_rate=learning_rate, batch_size=16, seed=seed, guard=None),
         )
         subject = outcome.delta.apply(made.original)
-    probes = [(name, {}) for name in ("direct", "paraphrase", "knowledge_probe")]
+    probes: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ("direct", "paraphrase", "knowledge_probe")]
     runs = carry_out(Attacked(subject, made.data, seed), probes)
     by_name = {run.attack: run for run in runs}
     probe = by_name["knowledge_probe"]
