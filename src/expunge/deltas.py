@@ -299,7 +299,14 @@ def compose(deltas: Sequence[Delta]) -> Delta:
 
 
 def _summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One entry for several of one tensor: of places where all say places, else dense."""
+    """One entry for several of one tensor: of places or low rank where all are, else dense."""
+    if all("A" in part for part in parts) and _narrow(parts):
+        scaled = [float(part["scale"]) * part["B"].float() for part in parts]
+        return {
+            "A": torch.cat([part["A"].float() for part in parts]),
+            "B": torch.cat(scaled, 1),
+            "scale": torch.ones(()),
+        }
     for where, what in (("index", "value"), ("slice", "difference")):
         if all(where in part for part in parts):
             kept, into = torch.cat([part[where] for part in parts]).unique(return_inverse=True)
@@ -315,6 +322,12 @@ def _summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
         elif "index" in part:
             total.view(-1).index_add_(0, part["index"], part["value"].to(total.dtype))
     return {"difference": total}
+
+
+def _narrow(parts: Sequence[Mapping[str, Tensor]]) -> bool:
+    """Whether factors side by side are smaller than the tensor itself."""
+    rows, columns = len(parts[0]["B"]), parts[0]["A"].shape[1]
+    return sum(len(part["A"]) for part in parts) * (rows + columns) < rows * columns
 
 
 def undo(subject: LanguageModel) -> LanguageModel:

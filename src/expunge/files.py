@@ -12,6 +12,11 @@ from typing import Any
 from .errors import OutputError
 
 
+def cache_folder() -> Path:
+    """EXPUNGE_CACHE, or ~/.cache/expunge."""
+    return Path(os.environ.get("EXPUNGE_CACHE") or Path.home() / ".cache" / "expunge")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write the whole file or nothing.
 

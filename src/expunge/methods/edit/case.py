@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ... import registry
 from ...deltas import Delta
-from ...errors import ParameterError
+from ...edits import KINDS, EditRow
+from ...errors import ParameterError, RequestError, RowError
 from ...rows import Row
 from ...subjects.language import LanguageModel
+from ...subjects.moments import Moment, encoded, moments
 from ..optimise.loop import Training
 from ..optimise.reinforce import REINFORCE
 from ..optimise.terms import Objective
-from ..optimise.unlearn import Outcome, unlearn
+from ..optimise.unlearn import Outcome, refusals, unlearn
 
 Edit = Delta
 """What an edit method returns: a delta from the subject to the changed model."""
@@ -39,10 +42,72 @@ class EditCase:
     summary: dict[str, Any] = field(default_factory=dict)
     """Plain values for the report, phase by phase."""
     warnings: list[str] = field(default_factory=list)
+    edits: Sequence[EditRow] = ()
+    """The facts to be edited; where there are none, the forget rows are facts to be deleted."""
+    origin: LanguageModel | None = None
+    """The untouched base, where earlier edits of a sequence are part of the subject: statistics are taken of it."""
+    corpus: Sequence[Row] = ()
+    """Texts that key statistics are taken of; by default general, else retain rows."""
+    prefixes: Sequence[str] | None = None
+    """Texts put before a prompt while a fact's value is worked out; None: the model writes its own."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What is worked out once for all edits over one base: statistics, prefixes."""
+    earlier: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    """Keys (n, f) of earlier edits of a sequence, by layer, for methods that spare them."""
 
     @property
     def seed(self) -> int:
         return self.training.seed
+
+    @property
+    def base(self) -> LanguageModel:
+        """What deltas are made over."""
+        return self.origin or self.subject
+
+    def facts(self) -> list[EditRow]:
+        """The edits, or the forget rows as facts to be deleted; what has no new target gets a refusal, by the seed.
+
+        Raises:
+            RequestError: there are neither.
+            RowError: a forget row is a conversation or running text.
+        """
+        edits = list(self.edits) or [_deletion(row) for row in self.data.get("forget", [])]
+        if not edits:
+            raise RequestError("there is nothing to edit: 0 edits and 0 forget rows, expected at least 1")
+        lines = refusals()
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = [lines[int(torch.randint(len(lines), (1,), generator=generator))] for _ in edits]
+        return [edit if edit.target_new else replace(edit, target_new=line) for edit, line in zip(edits, drawn)]
+
+    def moments(self, layers: Sequence[int], max_tokens: int) -> dict[int, Moment]:
+        """Second moments of the base's keys, worked out once for all edits.
+
+        Raises:
+            RequestError: there is no corpus.
+        """
+        known: dict[int, Moment] = self.memory.setdefault("moments", {})
+        missing = [layer for layer in layers if layer not in known]
+        if missing:
+            rows = list(self.corpus) or self.data.get("general") or self.data.get("retain") or []
+            if not rows:
+                raise RequestError(
+                    "key statistics need texts, and the request names none: give a corpus (or general or retain rows), "
+                    "or set covariance=false, which costs neighbouring facts"
+                )
+            tell = self.progress
+            known |= moments(
+                self.base,
+                encoded(self.base, rows),
+                missing,
+                max_tokens=max_tokens,
+                progress=None if tell is None else lambda done, total: tell("key statistics", done, total),
+            )
+            for layer in missing:
+                self.summary[f"keys of layer {layer}"] = {
+                    "statistics_tokens": known[layer].tokens,
+                    "change_over_last_doubling": known[layer].change,
+                }
+        return {layer: known[layer] for layer in layers}
 
     def unlearn(
         self,
@@ -84,6 +149,14 @@ class EditCase:
         self.summary[phase] = {key: outcome.summary[key] for key in ("name", "settings", "steps", "tokens", "log")}
         self.warnings += [f"{phase}: {text}" for text in outcome.summary["warnings"]]
         return outcome
+
+
+def _deletion(row: Row) -> EditRow:
+    where = row.source or f"row {row.id}"
+    if row.kind not in KINDS:
+        raise RowError(f"{where}: a {row.kind} row is no fact with a prompt; expected {', '.join(KINDS)} rows")
+    named = row.entity if row.entity in row.prompt else ""
+    return EditRow(row.id, row.prompt, "", named, (row.answer,), row.paraphrased_prompts, kind=row.kind, source=where)  # type: ignore[arg-type]
 
 
 class Known(NamedTuple):

@@ -1,0 +1,105 @@
+"""MEMIT: many facts at once, spread over the MLPs of several layers (arXiv:2210.07229).
+
+Values z are worked out at the residual stream after the last of the layers. From the lowest layer up, each closes its
+share of what is missing, under the changes made below it:
+
+    R = (Z - Z now) / (layers left)        W <- W + R K^T (weight * C + K K^T)^-1
+
+K (f, n): the facts' keys there; C: their second moment over a corpus. With M = (weight C)^-1 K the inverse of an n x n
+matrix is enough: (weight C + K K^T)^-1 K = M (I + K^T M)^-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...deltas import Delta, compose
+from ...errors import ParameterError
+from ...registry import edit
+from ...subjects.tails import residual_matrix
+from .case import Edit, EditCase
+from .values import Fact, Settings, depth, keys, located, optimised
+from .write import low_rank
+
+Solve = Callable[[int, Tensor], Tensor]
+"""(layer, keys (f, n)) to the directions (f, n) along which residuals are written."""
+
+
+@edit(
+    paper="arXiv:2210.07229",
+    intention="removal",
+    requires=("weights", "gradients", "forget_data", "retain_data"),
+    cost="ROME's at the last layer, and a pass over contexts for every layer",
+    known_weaknesses=("paraphrase", "relearn"),
+)
+def memit(
+    case: EditCase,
+    *,
+    layers: tuple[float, float] = (0.13, 0.25),
+    contexts: int = 5,
+    steps: int = 25,
+    learning_rate: float = 0.5,
+    kl: float = 0.0625,
+    decay: float = 1e-3,
+    clamp: float = 4.0,
+    weight: float = 15_000.0,
+    max_tokens: int = 3_200_000,
+    ridge: float = 1e-2,
+) -> Edit:
+    """Spread the facts over the MLPs of several layers, least squares against what the corpus needs (Meng et al. 2023).
+
+    `layers`: first and last, as numbers or fractions of the depth. `weight` of C against the facts' own keys (eq. 14's
+    lambda); small models want far less than the published 15 000: weight * tr(C) of 10-100 times tr(K K^T).
+    """
+    if weight <= 0:
+        raise ParameterError(f"memit: weight is {weight}, expected more than 0")
+    span = within(case, layers)
+    moments = case.moments(span, max_tokens)
+
+    def solve(layer: int, k: Tensor) -> Tensor:
+        m = moments[layer].solve(k, ridge) / weight
+        return m @ torch.linalg.inv(torch.eye(k.shape[1], dtype=k.dtype) + k.T @ m)
+
+    facts = located(case, contexts)
+    return spread(case, facts, span, Settings(steps, learning_rate, kl, decay, clamp), solve)
+
+
+def within(case: EditCase, layers: tuple[float, float]) -> list[int]:
+    """The layers from the first to the last.
+
+    Raises:
+        ParameterError: there are none.
+        SubjectError: one is no dense layer, or a norm follows its MLP.
+    """
+    first, last = (depth(case.subject, layer, "layers") for layer in layers)
+    if first > last:
+        raise ParameterError(f"layers is {layers}, which are {first} and {last}; expected the lower one first")
+    span = list(range(first, last + 1))
+    for layer in span:
+        residual_matrix(case.subject, layer)
+    return span
+
+
+def spread(case: EditCase, facts: Sequence[Fact], layers: list[int], settings: Settings, solve: Solve) -> Delta:
+    """Values at the last layer, residuals shared out over all of them; keys are read under the changes made below."""
+    found = optimised(case.subject, facts, layers[-1], settings, at="stream")
+    target: Tensor | None = None
+    subject, deltas, log = case.subject, list[Delta](), dict[str, Any]()
+    for number, layer in enumerate(layers):
+        read, bare = keys(subject, facts, sorted({layer, layers[-1]}))
+        now = bare.streams[layers[-1]].double().cpu()
+        target = now + found.delta.double().cpu() if target is None else target
+        residual = (target - now) / (len(layers) - number)
+        log[str(layer)] = float((target - now).norm(dim=-1).mean())
+        k = read[layer].mean.double().cpu().T
+        matrix = residual_matrix(subject, layer)
+        entry = low_rank(matrix, residual.T, solve(layer, k).T)
+        deltas.append(Delta("", {matrix.name: entry}))
+        if layer != layers[-1]:
+            subject = compose(deltas).apply(case.subject, check=False)
+    case.summary["spread"] = {"layers": layers, "facts": len(facts), "missing_before_layer": log, **found.log}
+    return Delta(case.base.fingerprint, compose(deltas).entries, {"layers": layers})
