@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import ParameterError
 from ...registry import edit
 from .case import Edit, EditCase
-from .memit import spread, within
+from .spread import spread, within
 from .values import Settings, located
 
 
