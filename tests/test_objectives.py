@@ -9,6 +9,8 @@ from tiny import tiny
 
 from expunge import registry
 from expunge.errors import MismatchError, ParameterError, RowError
+from expunge.methods.optimise.head_projection_defense import outside
+from expunge.methods.optimise.lens import per_answer
 from expunge.methods.optimise.loop import Training, mean_loss
 from expunge.methods.optimise.terms import Side, Step, divergence, dual, negative_log_likelihood
 from expunge.methods.optimise.unlearn import set_up, unlearn
@@ -542,3 +544,47 @@ def test_aliases_are_configurations_of_one_objective():
     assert registry.get("methods", "grad_diff").resolve()["retain"] == "nll"
     assert registry.get("methods", "kl_minimisation").resolve()["retain"] == "kl"
     assert registry.get("methods", "grad_diff").function is registry.get("methods", "gradient_ascent").function
+
+
+# --- deletion of facts (arXiv:2309.17410) ------------------------------------------------------------------------------
+
+
+def test_fact_erasure_is_gradient_ascent_weighted_by_the_answers_probability(case):
+    logits, target, _ = case
+    forget = side(logits, target)
+    p = (forget.logprob / forget.length).exp().detach()
+    weight = (p / forget.length / len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    loss, found = gradient("fact_erasure", logits, {"forget": forget}, retain="none")
+    assert torch.allclose(loss, p.mean())
+    assert torch.allclose(found, likelihood_gradient(logits, target, weight), atol=1e-12)
+
+
+def test_the_defence_is_zero_exactly_between_the_kth_largest_and_the_kth_smallest():
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(4, 1)
+    y = torch.arange(4)
+    assert outside(p, y, 1).tolist() == [0, 0, 0, 0]
+    assert torch.allclose(outside(p, y, 2), torch.tensor([0.1, 0, 0, 0.1]))
+    assert torch.allclose(outside(p, y, 3), torch.tensor([0.2, 0.1, 0.1, 0.2]))
+
+
+def test_layers_are_read_at_the_first_answer_token_through_norm_and_head(case):
+    logits, target, _ = case
+    forget = side(logits, target)
+    forget.layers = {0: logits, 2: 2 * logits}
+    step = Step({"forget": forget}, 0, 1, given={"lens": [torch.nn.Identity()]})
+    found = per_answer(step, lambda p, y: p.gather(1, y[:, None])[:, 0])
+    firsts = [0, 3, 4]
+    wanted = [(scale * logits).softmax(-1)[i, target[i]] for scale in (1, 2) for i in firsts]
+    assert torch.allclose(found, torch.stack(wanted))
+
+
+def test_entropy_is_greatest_where_every_token_is_as_likely_as_every_other(case):
+    logits, target, _ = case
+    losses = []
+    for values in (torch.zeros_like(logits), logits):
+        forget = side(values, target)
+        forget.layers = {1: values}
+        step = Step({"forget": forget}, 0, 1, given={"lens": []})
+        losses.append(float(registry.get("methods", "max_entropy").function(step, retain="none")))
+    assert losses[0] == pytest.approx(-math.log(V))
+    assert losses[1] > losses[0]

@@ -13,6 +13,7 @@ from .terms import Alternatives, RetainTerm, Step, negative_log_likelihood
     requires=("weights", "gradients", "forget_data", "retain_data"),
     cost="6N per token of alternative and retain rows",
     known_weaknesses=("relearn", "logit_lens", "decoding", "paraphrase"),
+    aliases={"empty_response": {"alternatives": "refusal"}, "error_injection": {"alternatives": "perturbed"}},
 )
 def idk(
     step: Step,
@@ -24,6 +25,7 @@ def idk(
     """Teach the model to answer forget questions with a refusal (TOFU's preference optimisation).
 
     The answer itself is never trained against: it stays readable by teacher forcing. Two means, one for each side, so
-    that long retain answers do not dominate.
+    that long retain answers do not dominate. `empty_response` and `error_injection` (another object in its place) are
+    what deletion by editing calls the two alternatives (Patil et al., arXiv:2309.17410).
     """
     return negative_log_likelihood(step.alternative) + retain_weight * step.retain_term(retain)
