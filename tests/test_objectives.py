@@ -546,7 +546,7 @@ def test_aliases_are_configurations_of_one_objective():
     assert registry.get("methods", "grad_diff").function is registry.get("methods", "gradient_ascent").function
 
 
-# --- deletion of facts (arXiv:2309.17410) ------------------------------------------------------------------------------
+# --- deletion of facts (arXiv:2309.17410) ---------------------------------------------------------------------------
 
 
 def test_fact_erasure_is_gradient_ascent_weighted_by_the_answers_probability(case):

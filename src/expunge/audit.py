@@ -116,6 +116,8 @@ def audit(
         views.get("before"), views["after"], gold_views, metrics=metrics, seed=seed, bootstrap=bootstrap
     )
     effects = side_effects.measure(views.get("before"), views["after"], gold_views, seed)
+    golds_runs = [runs[f"gold/{i}"] for i in range(len(golds))]
+    effects += side_effects.suppression(runs.get("before", []), runs["after"], golds_runs)
     spent["metrics"] = {"seconds": round(time.monotonic() - began, 3)}
     routes: list[Routing] = []
     if before is not None:
@@ -126,7 +128,7 @@ def audit(
         spent |= {"experts": {"seconds": round(time.monotonic() - began, 3)}} if routes else {}
 
     rules = Rules(draws=bootstrap, seed=seed)
-    all_runs = Runs(runs.get("before", []), runs["after"], [runs[f"gold/{i}"] for i in range(len(golds))])
+    all_runs = Runs(runs.get("before", []), runs["after"], golds_runs)
     chance = null(all_runs, rules)
     judgement = judge(all_runs, rules)
     _caveats(judgement.probes)

@@ -44,6 +44,8 @@ class ProbeRun:
     """scored, or skipped: <why>. A skipped probe is never a score of 0."""
     numbers: dict[str, float] = field(default_factory=dict)
     """Further figures by name."""
+    kept: list[Item] = field(default_factory=list)
+    """What was asked in the same way of what must be kept: no part of the score."""
 
     @property
     def score(self) -> float:
@@ -283,7 +285,12 @@ class Evidence:
 
         data["probes"] = [Judged(**{**probe, "recovery": _interval(probe["recovery"])}) for probe in data["probes"]]
         data["runs"] = {
-            role: [ProbeRun(**{**run, "items": [Item(**item) for item in run["items"]]}) for run in runs]
+            role: [
+                ProbeRun(
+                    **{**run, **{name: [Item(**item) for item in run.get(name, [])] for name in ("items", "kept")}}
+                )
+                for run in runs
+            ]
             for role, runs in data["runs"].items()
         }
         data["metrics"] = [_measured(one) for one in data["metrics"]]

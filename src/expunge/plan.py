@@ -30,6 +30,7 @@ from .request import Request, check, named, read_data
 from .rows import Row
 from .subjects.language import LanguageModel, Template
 from .subjects.packed import Encoded, batches, pack
+from .subjects.soft import SoftPrompt
 from .tables.generations import Generations
 from .tables.passes import Ask, Generate, Hidden, longest_answer
 from .tables.view import candidates
@@ -327,6 +328,10 @@ class _Watched(Case):
         if evaluate is not None:
             for step in evaluate_at:
                 evaluate(step)
+
+    def teach_prompt(self, subject: Any, rows: Sequence[Row], prompt: SoftPrompt, **training: Any) -> None:
+        for step in training["evaluate_at"]:
+            training["evaluate"](step)
 
     def ask(self, subject: Any, *asks: Ask) -> list[Any]:
         return [self.note(ask, self.copies) for ask in asks]

@@ -12,6 +12,7 @@ together. What it returns is `Found`:
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,13 +25,18 @@ from ..errors import CardError
 from ..evidence import Item, ProbeRun
 from ..files import write_text
 from ..rows import Row
+from ..subjects.soft import SoftPrompt
 from ..tables.passes import Ask, Generate, Progress, Store, run
 from ..tables.store import content_key
 from .matching import chosen, recovered
 from .written import Written
 
-CODE = 3
+CODE = 4
 """Raised when an attack would find something else on the same model."""
+RETAIN_ROWS = 48
+"""Retained questions that show what an attack does to a copy of the model."""
+BROKEN = 0.3
+"""A copy that loses so much of them shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,10 @@ class Case:
             evaluate=evaluate,
         )
 
+    def teach_prompt(self, subject: Any, rows: Sequence[Row], prompt: SoftPrompt, **training: Any) -> None:
+        """Train a soft prompt of a copy of the subject on the answers of rows; training as `SoftPrompt.learn`."""
+        prompt.learn(innermost(subject), [subject.encode(row) for row in rows], seed=self.seed, **training)
+
     def questions(self, rows: Sequence[Row], **settings: Any) -> Generate:
         """Every row's own question."""
         prompts = tuple(((row.id, "question"), row, None) for row in rows)
@@ -98,6 +108,8 @@ class Found:
     """scored, `skipped: why`, or `uninformative: why` where the model was broken by the attack itself."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Further figures that a reader of the run needs, e.g. how well a probe tells what it is to tell."""
+    kept: list[Item] = field(default_factory=list)
+    """What was asked in the same way of what must be kept: no part of the score."""
 
 
 Attack = Generator[Ask, Any, Found]
@@ -171,6 +183,18 @@ def judged(rows: Sequence[Row], answers: Any) -> list[Item]:
         Item(row.entity or row.id, row.id, recovered(row, texts[0], row.prompt), texts[0])
         for row, texts in zip(rows, answers.texts)
     ]
+
+
+def halves(case: Case) -> list[tuple[list[Row], list[Row]]]:
+    """(rows to learn from, rows to ask about): the forget rows of either half of the entities; none with one entity."""
+    entities = sorted({row.entity or row.id for row in case.forget})
+    if len(entities) < 2:
+        return []
+    random.Random(case.seed).shuffle(entities)
+    half = set(entities[: len(entities) // 2])
+    first = [row for row in case.forget if (row.entity or row.id) in half]
+    second = [row for row in case.forget if (row.entity or row.id) not in half]
+    return [(first, second), (second, first)]
 
 
 def mean(items: Sequence[Item]) -> float:
@@ -254,6 +278,7 @@ def _step(
             found.note,
             found.status,
             dict(found.numbers),
+            found.kept,
         )
         text = json.dumps(asdict(runs[number]), ensure_ascii=False)
         store.keep(key, lambda path: write_text(path, text))
@@ -269,6 +294,7 @@ def _content(case: Case) -> list[Any]:
 
 def _read(path: Path) -> ProbeRun:
     data = json.loads(path.read_text(encoding="utf-8"))
-    data["items"] = [Item(**item) for item in data["items"]]
+    for name in ("items", "kept"):
+        data[name] = [Item(**item) for item in data[name]]
     data["curve"] = [tuple(point) for point in data["curve"]]
     return ProbeRun(**data)

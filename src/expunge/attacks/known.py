@@ -41,14 +41,14 @@ def statement(row: Row) -> str:
 
 def unused(names: Iterable[str], count: int, seed: int) -> list[str]:
     """Names that nobody has, made of parts that names have, so that no token of them is new to the model."""
-    taken = {name for name in names if name}
-    parts = [name.split() for name in sorted(taken)]
-    whole = [words for words in parts if len(words) > 1]
-    halves = [(words[0], " ".join(words[1:])) for words in whole] if len(whole) > 1 else []
-    halves = halves or [(name[: -(-len(name) // 2)], name[-(-len(name) // 2) :]) for name in sorted(taken)]
-    glue = " " if len(whole) > 1 else ""
-    made = sorted({f"{first}{glue}{last}" for first, _ in halves for _, last in halves} - taken)
-    return random.Random(f"{seed}/names").sample(made, min(count, len(made)))
+    taken = sorted({name for name in names if name})
+    words = [name.split(maxsplit=1) for name in taken if " " in name]
+    letters = [[name[: -(-len(name) // 2)], name[-(-len(name) // 2) :]] for name in taken]
+    for parts, glue in ((words, " "), (letters, "")):
+        made = sorted({f"{first}{glue}{last}" for first, _ in parts for _, last in parts} - set(taken))
+        if made:
+            return random.Random(f"{seed}/names").sample(made, min(count, len(made)))
+    return []
 
 
 class Facts:

@@ -4,10 +4,7 @@ from typing import Literal
 
 from ..registry import attack
 from ..subjects.rounding import round_to_nearest
-from .case import Attack, Case, Found, judged, mean
-
-RETAIN_ROWS = 48
-BROKEN = 0.3
+from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, judged, mean
 
 
 @attack(

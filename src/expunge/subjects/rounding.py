@@ -1,4 +1,4 @@
-"""Weights in few bits: round to nearest, symmetric, per output channel."""
+"""Weights in few bits (round to nearest, symmetric, per output channel), and weights removed."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ def round_to_nearest(model: torch.nn.Module, bits: int) -> None:
         top = 2 ** (bits - 1) - 1
         scale = weight.abs().amax(axis, keepdim=True).clamp_min(1e-12) / top
         parameter.copy_(((weight / scale).round().clamp(-top, top) * scale).to(parameter.dtype))
+
+
+@torch.no_grad()
+def prune(model: torch.nn.Module, share: float) -> None:
+    """Set the smallest weights of every matrix of the blocks to zero, in place; embeddings stay.
+
+    Args:
+        share: of each matrix, 0 to 1; rounded down to whole weights.
+    """
+    parts = anatomy(model)
+    for name, parameter in model.named_parameters():
+        count = int(share * parameter.numel())
+        if parts.layer(name) is not None and parameter.dim() >= 2 and count:
+            size = parameter.abs().flatten().float()
+            parameter.view(-1)[size.topk(count, largest=False).indices] = 0
