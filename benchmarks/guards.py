@@ -2,10 +2,10 @@
 
 The invented world's model, its forgotten people and as many other invented targets as are needed, which no model knows.
 Each guard answers the same questions at every size: those of the people who are targets at all sizes, and retained ones.
-A query's time is that of the guarded answer, one prompt at a time as a server gets them, all guards and sizes in turn;
-the least of several rounds counts.
+A query's time is that of the guarded answer, one prompt at a time, all guards and sizes in turn; the least of several
+rounds counts.
 
-    python benchmarks/guards.py [--sizes 1 10 100 1000] [--rounds 5] [--guards output_filter guard alu in_context]
+    python benchmarks/guards.py [--sizes 1 10 100 1000] [--rounds 5] [--guards output_filter guard alu]
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "guard": {"soft": 0.0, "delta": 2.0},
     "guard, by meaning": {},
     "alu": {},
-    # No more names than the small model's context has room for.
-    "in_context": {"max_targets": 4},
 }
 TOKENS = 12
 
