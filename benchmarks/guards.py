@@ -1,9 +1,9 @@
 """What guards cost and keep as the number of targets grows: 1, 10, 100 and 1000.
 
 The invented world's model, its forgotten people and as many other invented targets as are needed, which no model knows.
-Each guard answers the same questions at every size: those of the people who are targets at all sizes, and retained ones.
-A query's time is that of the guarded answer, one prompt at a time, all guards and sizes in turn; the least of several
-rounds counts.
+Each guard answers the same questions at every size: those of a person who is a target at all sizes, and retained ones.
+A query's time is the process's CPU time for the guarded answer, one prompt at a time, all guards and sizes in turn; the
+least of several rounds counts.
 
     python benchmarks/guards.py [--sizes 1 10 100 1000] [--rounds 5] [--guards output_filter guard alu]
 """
@@ -117,10 +117,11 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
 
 def seconds(subject: Any, rows: list[Row]) -> float:
     prompts = [((row.id, "question"), subject.prompt_text(row)) for row in rows]
-    began = time.perf_counter()
+    # Not the clock's time: it depends on who else computes.
+    began = time.process_time()
     for prompt in prompts:
         subject.generate([prompt], max_new_tokens=TOKENS)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def accuracy(subject: Any, rows: list[Row]) -> float:
