@@ -116,7 +116,7 @@ def _summary(evidence: Evidence) -> dict[str, Any]:
 
 @reproduction(
     paper="arXiv:2506.09227",
-    cost="8 min on 2 cores, and 3 once for the models of the worlds",
+    cost="4 min on 2 cores, and 5 once for the models of the worlds",
     systems=("verdict", "intention"),
 )
 def verdict(
