@@ -41,10 +41,10 @@ def alu(case: Case, *, world: dict[str, Any] | None = None) -> Findings:
 
 
 NOTES = [
-    "The agents are rules on names and values (`agent = offline`): a model of this size follows no instructions. With a "
-    "language model as agent the rules stay and have the last word.",
-    "The world has one language, so questions in a second one are not asked. The instruction prefix as baseline is left "
-    "out: it fills the small model's context.",
+    "The agents are rules on names and values (`agent = offline`): a model of this size follows no instructions. With "
+    "a language model as agent the rules stay and have the last word.",
+    "The world has one language, so questions in a second one are not asked. The instruction prefix as baseline is "
+    "left out: it fills the small model's context.",
     "Nicknames stand in no row that the guard is told, and are not given to it as aliases.",
 ]
 
