@@ -244,6 +244,7 @@ def rwku_rows(**changes: dict[str, float]) -> tuple[list[dict[str, Any]], list[d
         "ga": scores(0.3, 0.4, 0.6, 5.0),
         "npo": scores(0.35, 0.4, 0.8, 3.0),
         "icu": scores(0.5, 0.5, 0.9, 0.1),
+        "icu, other name": scores(0.9, 0.7, 0.9, 0.1),
     }
     batch = {"batch before": alone["before"], "batch ga": scores(0.3, 0.3, 0.3, 5.0)}
     for name, change in changes.items():
@@ -271,10 +272,12 @@ def rwku_rows(**changes: dict[str, float]) -> tuple[list[dict[str, Any]], list[d
         ({"batch_ga": {"neighbour": 0.7}}, {5}),
         ({"npo": {"rm": 2.0}}, {6}),
         ({"icu": {"neighbour": 0.5}}, {7}),
+        ({"icu": {"fill_blank": 0.65, "question": 0.65}}, {7}),
+        ({"icu, other name": {"fill_blank": 0.4}}, {8}),
     ],
 )
 def test_each_claim_of_rwku_can_fail(changes: dict[str, dict[str, float]], fails: set[int]) -> None:
-    assert verdicts(rwku.judge(*rwku_rows())) == [True] * 8
+    assert verdicts(rwku.judge(*rwku_rows())) == [True] * 9
     found = verdicts(rwku.judge(*rwku_rows(**changes)))
     assert {i for i, holds in enumerate(found) if not holds} == fails
 

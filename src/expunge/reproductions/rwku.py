@@ -56,7 +56,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ga": ("gradient_ascent", {"retain": "none"}),
     "npo": ("npo", {"beta": 0.2, "retain": "none"}),
 }
-NAMES = ("before", *METHODS, "icu")
+NAMES = ("before", *METHODS, "icu", "icu, other name")
 
 
 # --- the subject and what it writes -----------------------------------------------------------------------------------
@@ -120,7 +120,8 @@ def trial(
 ) -> dict[str, Any]:
     """The benchmark's scores of each of the first targets, every one forgotten by a model of its own.
 
-    `before` is measured as it is, with what it writes of the targets; `icu` is the guard with RWKU's instruction.
+    `before` is measured as it is, with what it writes of the targets; `icu` is the guard with RWKU's instruction, and
+    `icu, other name` its control: the same words about somebody who is kept.
 
     Args:
         count: targets.
@@ -145,9 +146,10 @@ def trial(
             if method == "before":
                 told = [recalled(corpus(before, one, seed), people[one.number - 1]) for one in group]
                 found.append({**start, "recalled": fmean(told)})
-            elif method == "icu":
+            elif method.startswith("icu"):
                 guard = get("methods", "in_context")
-                settings = {"form": "instruction", "target": "; ".join(one.name for one in group)}
+                names = [one.name for one in group] if method == "icu" else [world.members("retain")[0].name]
+                settings = {"form": "instruction", "target": "; ".join(names)}
                 found.append(scores(guard.function(GuardCase(before, {"forget": []}), **guard.resolve(settings))))
             else:
                 texts = [text for one in group for text in corpus(before, one, seed)]
@@ -223,6 +225,9 @@ def rwku(
             "ga and npo (beta 0.2, as published) see the texts alone. Rows are the first measuring point, every second "
             f"step, at which at most {LEFT} of the recall on levels 1 and 2 is left, so that methods are compared at "
             "equal forgetting.",
+            "icu and its control leave the same: here any text that the model never saw before a question disturbs "
+            "what it says of some people more than of others. That is no obedience, and says nothing about instructed "
+            "models.",
             "The paper's utility sets are not asked: forgetting one of thirty people moves none of the mini ones.",
         ],
     )
@@ -285,7 +290,8 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
             "Neighbours pay, for ascent more than for NPO",
             "GA trades locality for forgetting, NPO less",
             "recall on neighbours at least 0.7 after npo, and lower after ga, at equal forgetting",
-            f"before {number(start['neighbour'])}, ga {number(near('ga'))}, npo {number(near('npo'))}",
+            f"before {number(start['neighbour'])}, ga {_mean(alone, 'ga', 'neighbour')}, npo "
+            f"{_mean(alone, 'npo', 'neighbour')}",
             near("npo") >= 0.7 and near("ga") < near("npo"),
         ),
         Claim(
@@ -306,8 +312,15 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
             "An instruction alone hides a target, weights untouched",
             "ICU lowers FB and QA at little cost",
             "icu leaves at most 0.6 of levels 1 and 2 and at least 0.8 of neighbours",
-            f"{number(direct('icu'))} and {number(left('icu', 'neighbour'))} left: the model was never taught to obey",
+            f"{number(direct('icu'))} and {number(left('icu', 'neighbour'))} left",
             direct("icu") <= 0.6 and left("icu", "neighbour") >= 0.8,
+        ),
+        Claim(
+            "It is the name in the instruction that hides the target",
+            "a control of our own: the model here was never taught to obey",
+            "the same instruction about somebody who is kept leaves at least 0.2 more of levels 1 and 2",
+            f"{number(direct('icu, other name'))} against {number(direct('icu'))}",
+            direct("icu, other name") >= direct("icu") + 0.2,
         ),
     ]
 
