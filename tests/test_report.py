@@ -16,7 +16,7 @@ from evidence_factory import VERDICTS, evidence, fingerprint
 
 from expunge import report
 from expunge.errors import MismatchError, OutputError
-from expunge.evidence import Evidence, Interval, Measured
+from expunge.evidence import Evidence, Interval, Knowing, Measured
 from expunge.report import charts, compare, tracks, words
 from expunge.report import page as page_content
 from expunge.report.headline import headline, speed, worst
@@ -140,6 +140,18 @@ def test_everything_in_the_evidence_is_on_the_page(tmp_path: Path) -> None:
     squeezed = re.sub(r"\s+", "", text).lower()
     missing = [w for w in wanted if re.sub(r"\s+", "", w).lower() not in squeezed]
     assert not missing
+
+
+def test_what_lies_behind_wrong_answers_is_shown_where_a_probe_tells(tmp_path: Path) -> None:
+    made = evidence("suppressed")
+    made.knowing = [Knowing("after", 40, 0.05, 0.7, 0.25, 0.91), Knowing("gold/0", 40, 0.025, 0.1, 0.875, 0.94)]
+    page, summary, paths = written(made, tmp_path)
+    assert "| after | 5% | 70% | 25% | 40 | 91% |" in summary
+    assert "| gold 0 |" in summary
+    assert "Ignorance or error, gold 0" in page.text
+    assert Evidence.load(paths["evidence.json"]).knowing == made.knowing
+    page, summary, _ = written(evidence("suppressed"), tmp_path / "without")
+    assert "Ignorance or error" not in summary + page.text
 
 
 def test_a_mixture_shows_which_experts_are_still_taken_and_a_dense_model_does_not(tmp_path: Path) -> None:
