@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import catalogue, deltas, ledger, measure, serve, work, world
+from .commands import catalogue, deltas, editing, ledger, measure, serve, work, world
 from .commands.console import remark, say
 from .errors import LaunchError
 from .processes import end, launched
@@ -51,6 +51,7 @@ app.command()(work.run)
 app.command()(work.plan)
 app.command()(work.audit)
 app.command()(work.compare)
+app.command()(editing.edit)
 app.command()(measure.bench)
 app.command()(measure.sweep)
 app.command()(measure.calibrate)

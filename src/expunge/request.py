@@ -172,7 +172,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Reques
         RequestError: the file is missing or malformed; the sentence names field, what was found and what is expected.
     """
     path = Path(path)
-    values = _parse(path)
+    values = parse(path)
     for name, value in (overrides or {}).items():
         at = values
         *parents, last = name.split(".")
@@ -202,7 +202,12 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Reques
     return _absolute(request.model_copy(update={"name": name}), path.parent)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse(path: Path) -> dict[str, Any]:
+    """Fields of a YAML or JSON file.
+
+    Raises:
+        RequestError: it is missing, malformed or no mapping.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -288,14 +293,14 @@ def _model_of(model: Any, field: str) -> Any:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
+def place(text: str, folder: Path) -> str:
+    """A path beside the request file where there is such; everything else may be a hub id or an error later."""
+    path = (folder / os.path.expanduser(text)).absolute()
+    looks_local = text.startswith((".", "/", "~")) or Path(text).suffix != ""
+    return str(path) if os.path.exists(path) or (looks_local and not _hub_like(text)) else text
+
+
 def _absolute(request: Request, folder: Path) -> Request:
-    """Paths that exist beside the file are taken; everything else may be a hub id or an error later."""
-
-    def place(text: str) -> str:
-        path = (folder / os.path.expanduser(text)).absolute()
-        looks_local = text.startswith((".", "/", "~")) or Path(text).suffix != ""
-        return str(path) if os.path.exists(path) or (looks_local and not _hub_like(text)) else text
-
     sets = {}
     for name in SETS:
         source = getattr(request.data, name)
@@ -303,13 +308,13 @@ def _absolute(request: Request, folder: Path) -> Request:
             source = DataSource(path=source)
         if source is not None:
             sets[name] = source.model_copy(
-                update={"path": place(source.path), "fields": {**request.fields, **source.fields}}
+                update={"path": place(source.path, folder), "fields": {**request.fields, **source.fields}}
             )
     out = request.out and str((folder / os.path.expanduser(request.out)).absolute())
     return request.model_copy(
         update={
-            "model": place(request.model),
-            "gold": [place(path) for path in request.gold],
+            "model": place(request.model, folder),
+            "gold": [place(path, folder) for path in request.gold],
             "data": request.data.model_copy(update=sets),
             "out": out,
         }

@@ -1,0 +1,157 @@
+"""`expunge edit`: scores by hand, and the whole way from a request file to deltas that can be left out again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+
+from expunge import cli, editing
+from expunge.deltas import Delta, compose
+from expunge.edit_scores import Answers, ask, first_choices, questions, says, scores
+from expunge.edits import EditRow, Probe
+from expunge.errors import OutputError, ParameterError, RequestError
+from expunge.evidence import Scorecard
+from expunge.subjects.language import LanguageModel
+
+EDITS = [
+    EditRow(
+        "a",
+        "Ilva was born in",
+        "Tivin north",
+        "Ilva",
+        rephrasings=("where was Ilva born?",),
+        locality={"near": (Probe("Carth was born in", ("the north",)),)},
+        portability={"hop": (Probe("Ilva lives", ("in Tivin", "north")),), "alias": (Probe("I lives", ("north",)),)},
+    ),
+    EditRow("b", "Carth was born in", "the Tivin", "Carth"),
+]
+
+
+def test_an_unchanged_model_keeps_everything_and_its_choices_are_the_likeliest_tokens():
+    model = LanguageModel(*tiny("llama"))
+    asked = questions(EDITS)
+    said = ask(model, EDITS, asked, fluency=8)
+    card = scores(EDITS, asked, {"before": said, "after": said}, models=[])
+    assert [card.value("locality", role) for role in ("before", "after")] == [1, 1]
+    for one in card.measured:
+        assert one.before == one.after, one.metric
+    assert [one.part for one in asked].count("portability") == 2
+    row = model.encode(EDITS[0].row())
+    with torch.no_grad():
+        logits = model.model(input_ids=torch.tensor([row.ids])).logits[0]
+    (choice,) = first_choices(model, [row])
+    assert choice.tolist() == logits.argmax(-1)[row.start - 1 : -1].tolist()
+    right = np.array(row.ids[row.start : -row.closing or None])
+    assert said.accuracy[0] == pytest.approx(float((choice[: len(right)] == right).mean()))
+
+
+def answers(choices, accuracy, written):
+    return Answers([[np.array(c)] for c in choices], accuracy, written, [1.0, 3.0])
+
+
+def test_scores_are_means_of_sub_types_then_of_edits_and_locality_is_agreement_with_before():
+    asked = questions(EDITS)  # edit, rephrase, hop, alias, near; then b's edit
+    before = answers([[1], [1], [1], [1], [7, 8], [1]], [0, 0, 0, 0, 0, 0], [""] * 6)
+    written = ["Tivin north!", "tivin  NORTH of", "in Tivinia", "north", "", "Tivin"]
+    after = answers([[2], [2], [2], [2], [7, 9], [2]], [1.0, 0.5, 1.0, 0.0, 1.0, 0.5], written)
+    card = scores(EDITS, asked, {"before": before, "after": after}, models=[])
+    values = {one.metric: one.after.value for one in card.measured}
+    assert values == {
+        "edit_success": 0.75,
+        "rephrase": 0.5,
+        "portability": 0.5,  # b has none and is left out
+        "locality": 0.5,
+        "written": 0.5,
+        "written_rephrase": 1.0,
+        "written_portability": 0.5,
+        "fluency": 2.0,
+    }
+    assert {one.metric: one.n for one in card.measured}["portability"] == 1
+    by_kind = {row[1]: row[3:] for row in card.tables[0].rows}
+    assert by_kind == {"hop": [0.0, 1.0], "alias": [0.0, 0.0], "near": [1.0, 0.5]}
+    assert "Harmonic mean" in card.notes[1]
+    # What was right before does not enter edit success, and locality is symmetric.
+    other = scores(EDITS, asked, {"before": after, "after": before}, models=[])
+    assert other.value("locality") == 0.5
+    assert other.value("edit_success") == 0.0
+
+
+def test_a_written_answer_counts_as_whole_words_at_the_beginning():
+    assert says("Tivin, in the north", ("Tivin",))
+    assert says("  the\n TIVIN", ("x", "the Tivin"))
+    assert not says("Tivinia", ("Tivin",))
+    assert not says("in Tivin", ("Tivin",))
+
+
+@pytest.fixture
+def request_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+    model = LanguageModel(*tiny("llama"))
+    with torch.no_grad():
+        for name, p in model.model.named_parameters():
+            if p.dim() > 1 and "embed" not in name:
+                p.mul_(5)
+    model.save(tmp_path / "model")
+    rows = [
+        {"id": "a", "prompt": "{} was born in", "subject": "Ilva", "target_new": "Tivin", "rephrase": "Ilva is from"},
+        {"id": "b", "prompt": "Carth was born in", "subject": "Carth", "target_new": "north", "ground_truth": "Tivin"},
+    ]
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(f"where was Mo {i} born?") + "\n" for i in range(9)))
+    file = tmp_path / "edits.yaml"
+    file.write_text(
+        "model: model\nedits: edits.jsonl\ncorpus: corpus.jsonl\nprefixes: [So they say.]\nfluency: 6\nbootstrap: 0\n"
+        "method: {name: rome, layer: 1, steps: 3, clamp: 50}\n"
+    )
+    return file
+
+
+def test_a_request_becomes_deltas_and_a_scorecard_and_any_step_can_be_left_out(request_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["edit", str(request_file), "--out", str(out), "--set", "contexts=1"]) == cli.DONE
+    shown = capsys.readouterr()
+    assert "edit success" in shown.out
+    assert "scorecard.html" in shown.out
+    card = Scorecard.load(out / "scorecard.json")
+    assert card.rows == {"edits": 2, "questions": 3}
+    assert {role["role"] for role in card.models} == {"before", "after"}
+    base = LanguageModel.load(tmp_path / "model")
+    first, second, whole = (Delta.load(out / name) for name in ("deltas/0001", "deltas/0002", "delta"))
+    assert first.lineage["edits"] == ["a"]
+    assert whole.apply(base).fingerprint == whole.result == compose([first, second]).apply(base).fingerprint
+    assert second.apply(base).fingerprint != whole.result  # without the first
+    about = json.loads((out / "method.json").read_text())
+    assert [step["rome"]["layer"] for step in about["steps"]] == [1, 1]
+    for mode, count, together in (("one", 2, False), ("batch", 1, True)):
+        folder = tmp_path / mode
+        assert cli.main(["edit", str(request_file), "--out", str(folder), "--mode", mode, "--json"]) == cli.DONE
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["cost"]["edit"]["seconds"] > 0
+        assert len(list((folder / "deltas").iterdir())) == count
+        assert (folder / "delta").is_dir() is together
+    with pytest.raises(OutputError, match="is not empty"):
+        editing.edit(request_file, out=out)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "sentence"),
+    [
+        ("modes: one", RequestError, "there is no field 'modes'. Did you mean mode"),
+        ("mode: all", RequestError, "field mode is 'all'"),
+        ("fluency: -1", RequestError, "field fluency is -1"),
+        ("method: {layer: 1}", RequestError, "method is a mapping without a name"),
+        ("method: npo", ParameterError, "npo is of kind optimise, expected an editor"),
+        ("method: {name: rome, layr: 1}", ParameterError, "edit rome has no parameter 'layr'"),
+        ("mode: one\nmode: batch", RequestError, "'mode' is given twice"),
+    ],
+)
+def test_requests_that_cannot_be(tmp_path, line, error, sentence):
+    file = tmp_path / "edits.yaml"
+    file.write_text(f"model: nowhere\nedits: none.jsonl\n{line}\n")
+    with pytest.raises(error, match=sentence):
+        editing.edit(file)
+    file.write_text("model: nowhere\n")
+    with pytest.raises(RequestError, match="field edits is missing"):
+        editing.load(file)
