@@ -75,7 +75,7 @@ class Prefixed(Guarded):
     keeps=("the targets' names, in every prompt", "the forgotten rows, where examples are given"),
     sequential="free",
     cost="the tokens of the instruction or of the examples, before every prompt",
-    known_weaknesses=("logit_lens", "paraphrase"),
+    known_weaknesses=("logit_lens", "paraphrase", "many_shot", "target_masking", "cross_lingual"),
     aliases={"icu_prefix": {"form": "instruction"}, "icul": {"form": "examples"}},
 )
 def in_context(

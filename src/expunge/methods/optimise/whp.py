@@ -74,7 +74,7 @@ def _prepare(case: Preparation) -> None:
     needs=("forget",),
     requires=("weights", "gradients", "forget_data", "retain_data"),
     cost="6N per token of forget (and retain) rows, 6N per token of the reinforcing epochs, 4N once per forget token",
-    known_weaknesses=("relearn", "logit_lens", "decoding"),
+    known_weaknesses=("relearn", "logit_lens", "decoding", "sleek"),
     prepare=_prepare,
 )
 def whp(
