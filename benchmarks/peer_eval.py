@@ -91,7 +91,7 @@ def load(checkout: Path, folder: Path) -> Any:
 
 def run(case: Any, checkout: Path) -> dict[str, Any]:
     import torch
-    from tofu_eval import PREFIX, TAGS, clock
+    from tofu_eval import PREFIX, TAGS, clock, timed
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(case.folder)
@@ -115,6 +115,8 @@ def run(case: Any, checkout: Path) -> dict[str, Any]:
     out = folder / f"peer-{case.suite}-{time.time_ns()}"
     configuration = SimpleNamespace(metrics=metrics, output_dir=str(out), overwrite=True)
     evaluator = evaluator_class(configuration)
+    spent: dict[str, float] = {}
+    evaluator.metrics = {name: timed(spent, name, call) for name, call in evaluator.metrics.items()}
     marks = [clock()]
     summary = evaluator.evaluate(model=model, tokenizer=tokenizer, template_args=template)
     marks.append(clock())
@@ -122,6 +124,7 @@ def run(case: Any, checkout: Path) -> dict[str, Any]:
     return {
         "wall": marks[1][0] - marks[0][0],
         "cpu": marks[1][1] - marks[0][1],
+        "spent": spent,
         "values": {name: float(value) for name, value in summary.items()},
         "parts": {name: float(logs[name]["agg_value"]) for name in logs if logs[name].get("agg_value") is not None},
     }

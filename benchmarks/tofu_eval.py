@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -99,6 +99,19 @@ class Case:
 
 def clock() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
+
+
+def timed(spent: dict[str, float], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose CPU seconds are added up under a name."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        began = time.process_time()
+        try:
+            return call(*arguments, **named)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.process_time() - began
+
+    return run
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -315,6 +328,9 @@ def ours(case: Case) -> dict[str, Any]:
         plain = {name: [replace(row, perturbed_answers=()) for row in data[name]] for name in ("forget", "holdout")}
         ask_all(reference, {n: [replace(row, paraphrased_answer="") for row in s] for n, s in plain.items()}, 0)
         marks.append(("reference", *clock()))
+    spent: dict[str, float] = {}
+    for name in ("score", "generate", "gradients", "continuations"):
+        setattr(model, name, timed(spent, name, getattr(model, name)))
     view = replace(ask_all(model, data, NEW_TOKENS, written=written, more=more_tables(asked)), golds=[gold])
     marks.append(("tables", *clock()))
     found = {name: values(PAIRS[name][0], view, PAIRS[name][1]) for name in names}
@@ -324,12 +340,12 @@ def ours(case: Case) -> dict[str, Any]:
     result = {name: one.value for name, one in found.items()}
     result["forget_quality"] = found["forget_quality"].extra["p"]
     utility = found["model_utility"].extra["parts"]
-    spans = {name: (b - a, d - c) for (_, a, c), (name, b, d) in pairwise(marks)}
+    spent |= {name: after - before for (_, _, before), (name, _, after) in pairwise(marks)}
     outputs = [text for several in view.generations.values() for texts in several.texts for text in texts]
     return {
         "wall": marks[-1][1] - marks[0][1],
         "cpu": marks[-1][2] - marks[0][2],
-        "spans": spans,
+        "spent": spent,
         "values": result,
         "parts": utility,
         "written": sum(len(ids) for ids in model.tokenizer(outputs)["input_ids"]),
@@ -389,6 +405,10 @@ def measured(case: Case, repeats: int) -> dict[str, Any]:
     return found
 
 
+def listed(spent: dict[str, float]) -> str:
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items())
+
+
 def report(results: Sequence[dict[str, Any]], about: dict[str, Any], threads: int) -> str:
     sizes = ", ".join(f"{count} {name}" for name, count in about["rows"].items())
     lines = [
@@ -408,8 +428,11 @@ def report(results: Sequence[dict[str, Any]], about: dict[str, Any], threads: in
         lines.append(line)
     for found in results:
         our = found["ours"]
-        spans = ", ".join(f"{name} {cpu:.1f}" for name, (_, cpu) in our["spans"].items())
-        lines += ["", f"{found['suite']}, {found['dtype']}: CPU s: {spans}; {our['written']} tokens written", ""]
+        lines += [
+            "",
+            f"{found['suite']}, {found['dtype']}, CPU s: {listed(our['spent'])}; {our['written']} tokens written",
+        ]
+        lines += [f"peer, CPU s: {listed(found['peer']['spent'])}", ""] if "peer" in found else [""]
         lines += ["| number | ours | peer |", "|---|---|---|"]
         for name, value in our["values"].items():
             theirs = found["peer"]["values"].get(name) if "peer" in found else None
