@@ -6,6 +6,7 @@ Simhi et al., Distinguishing Ignorance from Error in LLM Hallucinations, arXiv:2
 from __future__ import annotations
 
 import json
+import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,9 @@ NOTES = [
     "A small model has no habit of following examples, so it is taught one: right answers after right examples for "
     "everybody, wrong answers in 7 of 10 cases after wrong ones on a third of the people. 3 blocks, d = 64; 40 people "
     "known, 8 of them to be forgotten, 20 never seen; two examples.",
+    "The wrong value was drawn anew for every row of that habit, so the right one stayed the likeliest: errors were "
+    "hardly provoked, which leaves the probe of three labels without rows. That is this experiment's fault and says "
+    "nothing of the paper.",
     "Samples are drawn plainly at temperature 0.5; the paper's two beams are nearly greedy. Answers count as whole "
     "words, and may be three tokens longer than the longest.",
     "The index is 0 where forgotten rows look like rows never seen to a probe of the model itself, 1 as before. The "
@@ -257,7 +261,9 @@ def judge(found: Sequence[Found], after: Sequence[Found]) -> list[Claim]:
             "balanced accuracy on unseen people at least 0.5; with shuffled labels at most 0.42",
             f"{values['accuracy']}; shuffled {values['shuffled']}; right/HK+ {values['right_plus']}, right/HK- "
             f"{values['right_minus']}, HK+/HK- {values['plus_minus']}",
-            values["accuracy"].mean >= 0.5 and values["shuffled"].mean <= 0.42,
+            None
+            if math.isnan(values["accuracy"].mean)
+            else values["accuracy"].mean >= 0.5 and values["shuffled"].mean <= 0.42,
         ),
         Claim(
             "A retrained model looks ignorant, a model whose answers were pushed away does not",
