@@ -155,6 +155,8 @@ NOTES = [
     "here with each other and with the other gold, not with published figures.",
     "An answer is the bare value, a paraphrase or wrong answer a sentence: truth ratios compare sentences that no "
     "model was trained on.",
+    "Values come from short lists (12 cities, trades and teachers each), so a model that never saw an author guesses "
+    "parts of them: extraction strength of gold is well above 0.",
     "Truth ratios are geometric. The paper's preference optimisation is idk here: likelihood of refusals and of retain "
     "rows.",
 ]
@@ -176,9 +178,11 @@ def _way(rows: Sequence[Row], run: str) -> list[tuple[int, float, float]]:
 def _ruined(rows: Sequence[Row]) -> str:
     step, quality, utility = max(_way(rows, "gradient_ascent"), key=lambda one: one[1])
     auc = spread(rows, "mia_loss", run="gradient_ascent", step=step)
+    ends = ", ".join(f"{m} {number(spread(rows, 'mia_loss', run=m, step=_last(rows, m)).mean)}" for m in METHODS)
     return (
         f"Forget quality alone proves nothing: gradient_ascent's highest log10 p is {number(quality)}, after {step} "
-        f"epochs, with utility {number(utility)} and AUC {auc}."
+        f"epochs, with utility {number(utility)} and AUC {auc}. AUC after the last epoch: {ends}; far below 0.5 the "
+        "forget rows look stranger than rows that no model saw, which the test on truth ratios does not see."
     )
 
 
