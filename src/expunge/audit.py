@@ -200,11 +200,18 @@ def _phase(progress: Progress | None, name: str) -> Callable[[int, int], None] |
 
 
 def comparable(after: Any, others: Sequence[Any]) -> None:
-    """Models that are compared must share a tokenizer.
+    """Models that are compared must share what they answer with: a tokenizer, or classes.
 
     Raises:
         MismatchError: one has another.
     """
+    if hasattr(after, "classes"):
+        for other in others:
+            if getattr(other, "classes", None) != after.classes:
+                raise MismatchError(
+                    f"{other.name} has other classes than {after.name}; models that are compared must share them"
+                )
+        return
     vocabulary = after.tokenizer.get_vocab()
     for other in others:
         if other.tokenizer.get_vocab() != vocabulary:

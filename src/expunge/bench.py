@@ -46,7 +46,7 @@ def bench(
     """
     from .audit import comparable
     from .benchmarks.case import Bench
-    from .subjects.language import LanguageModel
+    from .subjects.opening import open_subject
 
     part = registry.get("benchmarks", name)
     chosen = part.resolve(settings)
@@ -56,7 +56,7 @@ def bench(
 
     def load(source: Any) -> Any:
         if isinstance(source, str | Path):
-            return LanguageModel.load(source, device=device, dtype=dtype)
+            return open_subject(source, device=device, dtype=dtype)
         return source
 
     if isinstance(model, str | Path) and (Path(model) / "delta" / "delta.json").is_file():

@@ -65,9 +65,9 @@ class Delta:
         """The dense delta between two subjects of one shape; tensors that are equal have no entry.
 
         Args:
-            names: parameters to look at; all of them by default.
+            names: tensors to look at; by default all parameters, and running statistics.
         """
-        before, after = (dict(subject.model.named_parameters()) for subject in (base, changed))
+        before, after = (moving(subject.model) for subject in (base, changed))
         if before.keys() != after.keys():
             odd = sorted(before.keys() ^ after.keys())[0]
             raise MismatchError(f"the changed model has other tensors than its base, first {odd}")
@@ -111,15 +111,15 @@ class Delta:
             )
         if self.config is not None:
             raise DeltaError(f"a guard's delta ({self.config.get('name')}) changes no weights; run it with its method")
-        own = dict(subject.model.named_parameters())
+        own = moving(subject.model)
         for name in self.entries:
             if name not in own:
                 raise MismatchError(f"{subject.name} has no tensor {name}, which the delta changes")
         memo: dict[int, Any] = {id(p): p for name, p in own.items() if name not in self.entries}
-        memo |= {id(buffer): buffer for buffer in subject.model.buffers()}
+        memo |= {id(buffer): buffer for name, buffer in subject.model.named_buffers() if name not in self.entries}
         model = copy.deepcopy(subject.model, memo)
         own |= _dense_again(model, [name for name in self.entries if is_quantised(own[name])])
-        moved = dict(model.named_parameters())
+        moved = moving(model)
         with torch.no_grad():
             for name in self.entries:
                 target = moved[name]
@@ -233,6 +233,14 @@ class Delta:
         if missing:
             raise DeltaError(f"{folder}/delta.json has no field {missing[0]}")
         return Delta(about["base"], entries, about["lineage"], about["result"], about["config"])
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that training can change: parameters, and buffers that are stored and not integers (the running
+    statistics of batch norms)."""
+    stored = model.state_dict().keys()
+    buffers = {n: b for n, b in model.named_buffers() if n in stored and b.is_floating_point()}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def _dense_again(model: Any, names: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -43,7 +43,7 @@ class Bench:
     """Models to be measured and the place where what they said is kept."""
 
     subject: Any
-    """The model under test: a LanguageModel, or a guard around one."""
+    """The model under test: a LanguageModel, a guard around one, or an ImageClassifier."""
     folder: Path
     original: Any = None
     """The model before unlearning."""
@@ -144,7 +144,7 @@ class Bench:
         name: str,
         rows: str,
         each: Mapping[str, Sequence[float] | np.ndarray],
-        about: Sequence[Row],
+        about: Sequence[Any],
         *,
         direction: str,
         ideal: str,
@@ -156,7 +156,7 @@ class Bench:
         Args:
             rows: what the rows are called.
             each: by role, (rows,) numbers.
-            about: the rows.
+            about: the rows, of any kind that has an id and an entity.
         """
         units = Units.of((rows, about))
         found: dict[str, list[Values]] = {}

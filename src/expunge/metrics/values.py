@@ -27,8 +27,8 @@ class Units:
         return len(self.ids)
 
     @staticmethod
-    def of(*groups: tuple[str, Iterable[Row]]) -> Units:
-        """Units of `(set name, rows)` pairs."""
+    def of(*groups: tuple[str, Iterable[Any]]) -> Units:
+        """Units of `(set name, rows)` pairs; rows of any kind that have an id and an entity."""
         found = [(name, row.id, row.entity or row.id) for name, rows in groups for row in rows]
         sets, ids, entities = zip(*found) if found else ((), (), ())
         return Units(tuple(sets), tuple(ids), tuple(entities))

@@ -58,23 +58,61 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """A decoder's parts."""
+class Structure:
+    """What scopes know of any model: where its blocks are, and which parameters have a role."""
 
     blocks: tuple[Block, ...]
-    embedding: tuple[str, nn.Module]
-    final_norm: tuple[str, nn.Module] | None
-    lm_head: tuple[str, nn.Module]
-    narrowing: tuple[str, nn.Module] | None = None
-    """A matrix between final norm and head (OPT's project_out)."""
-    roles: dict[str, list[Place]] = field(default_factory=dict)
+    """Of a model that is no decoder they have names only."""
+    roles: dict[str, list[Place]]
     """Role to parameters: embedding, lm_head, final_norm, attention_qkv, attention_out, mlp_in, mlp_gate, mlp_out,
-    router, experts, norm, other (position embeddings, projections outside the blocks)."""
+    router, experts, norm, other (position embeddings, projections outside the blocks). Of a model that is no decoder:
+    head (its last linear layer) and other."""
 
     def layer(self, parameter: str) -> int | None:
         """The block a parameter stands in; None outside all of them."""
         return next((block.index for block in self.blocks if parameter.startswith(block.name + ".")), None)
 
+
+@dataclass(frozen=True)
+class Anatomy(Structure):
+    """A decoder's parts."""
+
+    embedding: tuple[str, nn.Module]
+    final_norm: tuple[str, nn.Module] | None
+    lm_head: tuple[str, nn.Module]
+    narrowing: tuple[str, nn.Module] | None = None
+    """A matrix between final norm and head (OPT's project_out)."""
+
+
+def structure(model: nn.Module) -> Structure:
+    """A decoder's anatomy; of any other model its blocks (the largest list of alike modules) and its head.
+
+    Raises:
+        SubjectError: it looks like a decoder and cannot be taken apart.
+    """
+    if _part(model, "get_output_embeddings") is not None:
+        return anatomy(model)
+    found = _block_list(model)
+    path, modules = found or ("", [])
+    named = [f"{path}.{i}" for i in range(len(modules))]
+    blocks = tuple(
+        Block(i, name, m, (), (), (), (), (), (), (), (), 0) for i, (name, m) in enumerate(zip(named, modules))
+    )
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    roles: dict[str, list[Place]] = {role: [] for role in ROLES}
+    every = [name for name, _ in model.named_parameters()]
+    roles["head"] = [(None, name) for name in every if linear and name.rpartition(".")[0] == linear[-1]]
+    inside = tuple(f"{name}." for name in named)
+    roles["other"] = [
+        (None, name) for name in every if not name.startswith(inside) and (None, name) not in roles["head"]
+    ]
+    return Structure(blocks, roles)
+
+
+ROLES = (
+    *("embedding", "lm_head", "final_norm", "attention_qkv", "attention_out"),
+    *("mlp_in", "mlp_gate", "mlp_out", "router", "experts", "norm", "other"),
+)
 
 _known: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
@@ -134,7 +172,7 @@ def _anatomy(model: nn.Module) -> Anatomy:
         ),
         None,
     )
-    return Anatomy(blocks, embedding, norm, head, narrowing, roles)
+    return Anatomy(blocks, roles, embedding, norm, head, narrowing)
 
 
 def _part(model: nn.Module, getter: str) -> tuple[str, nn.Module] | None:

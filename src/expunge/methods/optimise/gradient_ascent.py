@@ -8,6 +8,7 @@ from .terms import RetainTerm, Step
 
 @optimise(
     paper="arXiv:2210.01504",
+    modality=("image", "language"),
     intention="removal",
     needs=("forget",),
     requires=("weights", "gradients", "forget_data"),

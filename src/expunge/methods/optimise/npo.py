@@ -9,6 +9,7 @@ from .terms import RetainTerm, Step
 
 @optimise(
     paper="arXiv:2404.05868",
+    modality=("image", "language"),
     intention="removal",
     needs=("forget.reference",),
     requires=("weights", "gradients", "forget_data", "retain_data", "reference_model"),

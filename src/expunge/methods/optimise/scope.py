@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import ScopeError, SubjectError, nearest, suggest
-from ...subjects.anatomy import Anatomy, anatomy
+from ...subjects.anatomy import Structure, structure
 from ...subjects.quantised import is_quantised
 from ...subjects.value_vectors import Address, ValueMatrix, find, value_matrices
 from .columns import Column
@@ -118,7 +118,7 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         ScopeError: malformed, or it matches nothing that can move.
     """
     text = _text(scope)
-    parts = anatomy(model)
+    parts = structure(model)
     pieces = _SPLIT.split("+" + text.strip() if text.strip()[:1] not in "+-" else text.strip())
     if pieces[0].strip() or len(pieces) < 3:
         raise ScopeError(f"scope {text!r} is not understood; expected one of {', '.join(FORMS)}, joined with + and -")
@@ -214,7 +214,7 @@ def _places(places: set[int] | None, tensor: nn.Parameter) -> set[int]:
     return set(range(tensor.shape[0] if tensor.dim() else 1)) if places is None else places
 
 
-def _names(piece: str, text: str, model: nn.Module, parts: Anatomy) -> list[str]:
+def _names(piece: str, text: str, model: nn.Module, parts: Structure) -> list[str]:
     every = [name for name, _ in model.named_parameters()]
     if piece == "none":
         return []
@@ -286,7 +286,7 @@ def _settings(form: str, written: str, known: Sequence[str], text: str) -> dict[
     return given
 
 
-def _experts(piece: str, text: str, model: nn.Module, parts: Anatomy) -> dict[str, set[int] | None]:
+def _experts(piece: str, text: str, model: nn.Module, parts: Structure) -> dict[str, set[int] | None]:
     """Names to the experts meant, or to None for tensors that are meant whole."""
     match = re.fullmatch(r"expert\((.*)\)", piece)
     given = _settings("expert", match.group(1) if match else "", ("layer", "index", "router"), text)
@@ -355,7 +355,7 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in found)
 
 
-def _lora(piece: str, text: str, model: nn.Module, parts: Anatomy) -> LoraSpec:
+def _lora(piece: str, text: str, model: nn.Module, parts: Structure) -> LoraSpec:
     match = re.fullmatch(r"lora(?:\((.*)\))?", piece.strip())
     if not match:
         raise ScopeError(f"scope {text!r}: {piece!r} is not understood; expected lora or lora(r=8, alpha=16, ...)")

@@ -19,7 +19,7 @@ from ...deltas import Delta
 from ...errors import ParameterError, RequestError, RowError, ScopeError
 from ...registry import Part
 from ...rows import Row
-from ...subjects.anatomy import anatomy
+from ...subjects.anatomy import structure
 from ...subjects.language import LanguageModel, Progress, Taps
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
@@ -196,6 +196,10 @@ def set_up(
     """
     chosen = part.resolve(settings)
     chain = _chain(part, chosen)
+    for one, _ in chain:
+        if subject.modality not in one.card.modality:
+            kinds = " and ".join(one.card.modality)
+            raise RequestError(f"{one.name} is for {kinds} models, {subject.name} is of modality {subject.modality}")
     inner, inner_settings = chain[-1]
     generator = torch.Generator().manual_seed(training.seed)
     needs, sides = _reads(chain)
@@ -405,7 +409,7 @@ def _add_adapters(model: nn.Module, spec: LoraSpec) -> None:
     """Put an adapter on every target, in place."""
     from peft import inject_adapter_in_model
 
-    blocks = anatomy(model).blocks[0].name.rpartition(".")[0]
+    blocks = structure(model).blocks[0].name.rpartition(".")[0]
     inside = all(target.startswith(blocks + ".") for target in spec.targets)
     # Given a whole model peft may send MLP targets to its fused experts instead; given the list of blocks it does not.
     owner, prefix = (model.get_submodule(blocks), blocks + ".") if inside else (model, "")
