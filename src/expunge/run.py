@@ -401,7 +401,7 @@ class _Job:
                 progress=self._tell(f"change: {part.name}"),
             )
             delta, method = outcome.delta, {**method, **outcome.summary}
-        elif part.card.kind == "edit":
+        elif part.card.kind in ("edit", "exact"):
             from .methods.edit.case import EditCase
 
             case = EditCase(

@@ -1,0 +1,183 @@
+"""The baselines of image tables: exact relations between them, on pictures; that they run on text the matrix tests."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from expunge import registry
+from expunge.errors import ParameterError, RequestError
+from expunge.methods.edit.case import EditCase
+from expunge.methods.optimise.loop import Training
+from expunge.methods.optimise.unlearn import set_up, unlearn
+from expunge.pictures import chosen
+from expunge.subjects.image import ImageClassifier, Preparation
+from expunge.world.pictures.draw import digits
+from expunge.world.pictures.models import Recipe, untrained
+
+CLASSES = [str(i) for i in range(10)]
+TRAINING = Training(epochs=3, batch_size=4, learning_rate=1e-3, guard=None)
+
+
+@pytest.fixture(scope="module")
+def data():
+    forget, retain = chosen(digits(8)["train"][:48], {"label": "3"})
+    return {"forget": forget, "retain": retain}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return untrained(CLASSES, Recipe(side=8, widths=(4, 8)), 0)
+
+
+def run(subject, data, method, *, scope="all", training=TRAINING, **settings):
+    return unlearn(subject, registry.get("methods", method), settings, scope=scope, data=data, training=training)
+
+
+def differ(first, second):
+    names = first.delta.entries.keys() | second.delta.entries.keys()
+    zero = torch.zeros(())
+    pairs = [[o.delta.entries.get(n, {"difference": zero})["difference"] for o in (first, second)] for n in names]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "method", ["neggrad_plus", "random_label", "amnesiac", "bad_teacher", "scrub", "salun", "grad_diff", "npo"]
+)
+def test_every_baseline_runs_on_a_classifier(subject, data, method):
+    outcome = run(subject, data, method)
+    assert outcome.delta.entries
+    assert np.isfinite(outcome.summary["log"]["loss"]).all()
+
+
+def test_neggrad_plus_lies_between_fine_tuning_and_ascent(subject, data):
+    alone = run(subject, data, "gradient_ascent")
+    assert differ(alone, run(subject, data, "neggrad_plus", weight=0.0)) < 1e-5
+    assert differ(alone, run(subject, data, "neggrad_plus", weight=0.5)) > 1e-4
+
+
+def test_scrub_without_ascent_and_teacher_is_fine_tuning(subject, data):
+    plain = run(subject, data, "scrub", ascent_epochs=0, alpha=0.0)
+    assert differ(plain, run(subject, data, "neggrad_plus", weight=1.0)) < 1e-6
+    assert differ(plain, run(subject, data, "scrub", ascent_epochs=3, alpha=0.0)) > 1e-4
+
+
+def test_random_labels_never_hit_the_true_class_and_are_even(subject, data):
+    many = {"forget": data["forget"] * 20, "retain": data["retain"]}
+    setup = set_up(subject, registry.get("methods", "random_label"), {}, scope="all", data=many, training=TRAINING)
+    drawn = torch.cat([row["wrong"] for row in setup.case.constants["forget"]]).flatten()
+    counts = torch.bincount(drawn, minlength=10)
+    assert counts[3] == 0
+    expected = len(drawn) / 9
+    assert all(abs(int(n) - expected) < 5 * expected**0.5 for i, n in enumerate(counts) if i != 3)
+    setup = set_up(
+        subject,
+        registry.get("methods", "random_label"),
+        {"include_true": True},
+        scope="all",
+        data=many,
+        training=TRAINING,
+    )
+    assert 3 in torch.cat([row["wrong"] for row in setup.case.constants["forget"]])
+
+
+def test_amnesiac_draws_once_and_random_label_every_epoch(subject, data):
+    assert differ(run(subject, data, "amnesiac"), run(subject, data, "random_label", redraw=False)) == 0
+    assert differ(run(subject, data, "amnesiac"), run(subject, data, "random_label")) > 0
+
+
+def test_a_bad_teacher_that_is_the_start_model_teaches_nothing(data):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+    subject = ImageClassifier(make(), CLASSES, Preparation((8, 8)), "linear", make)
+    outcome = run(subject, data, "bad_teacher", training=Training(steps=1, batch_size=4, guard=None))
+    assert outcome.summary["log"]["loss"][0] == pytest.approx(0, abs=1e-6)
+    assert outcome.summary["log"]["gradient_norm"][0] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_whole_mask_is_no_mask_and_half_a_mask_moves_half_of_the_weights(subject, data):
+    assert differ(run(subject, data, "salun", share=1.0), run(subject, data, "random_label")) == 0
+    outcome = run(subject, data, "salun", share=0.25)
+    total = sum(p.numel() for p in subject.model.parameters())
+    moved = sum(int((e["difference"] != 0).sum()) for e in outcome.delta.entries.values())
+    assert 0 < moved <= int(0.25 * total)
+    assert outcome.summary["prepared"]["mask"] == {"kept": int(0.25 * total), "of": total}
+    with pytest.raises(ParameterError, match=r"weight_decay is 0\.1, expected 0"):
+        run(subject, data, "salun", training=Training(steps=1, weight_decay=0.1))
+    other = run(subject, data, "salun", objective={"gradient_ascent": {"retain": "nll"}}, share=0.25)
+    assert differ(outcome, other) > 0
+
+
+def test_last_blocks_alone_are_a_scope(subject, data):
+    outcome = run(subject, data, "fine_tune", scope="layers:-1 + role:head")
+    assert {name.split(".")[0] for name in outcome.delta.entries} == {"resnet", "classifier"}
+    assert not [name for name in outcome.delta.entries if "stages.0" in name or "embedder" in name]
+
+
+# --- edits and retraining ---------------------------------------------------------------------------------------------
+
+
+def edit(subject, data, method, **settings):
+    part = registry.get("methods", method)
+    case = EditCase(subject, data, Training(seed=0))
+    return part.function(case, **part.resolve(settings)), case
+
+
+def test_fisher_noise_is_nothing_at_scale_zero_and_smaller_where_weights_matter(subject, data):
+    few = {"forget": data["forget"][:2], "retain": data["retain"][:8]}
+    assert not edit(subject, few, "fisher_forgetting", alpha=0.0)[0].entries
+    from expunge.methods.edit.fisher_forgetting import deviation
+
+    importance = torch.logspace(-12, 2, 50)
+    found = deviation(importance, 1e-6)
+    assert (found[1:] <= found[:-1]).all()
+    first, second = (edit(subject, few, "fisher_forgetting")[0] for _ in range(2))
+    assert first.entries.keys() == {name for name, _ in subject.model.named_parameters()}
+    assert all(torch.equal(first.entries[n]["difference"], second.entries[n]["difference"]) for n in first.entries)
+
+
+def test_retraining_starts_anew_and_is_decided_by_its_seed(subject, data):
+    first, case = edit(subject, data, "retrain", epochs=2.0, batch_size=16)
+    second, _ = edit(subject, data, "retrain", epochs=2.0, batch_size=16)
+    assert [n for n in first.entries if "running_mean" in n]
+    assert all(torch.equal(first.entries[n]["difference"], second.entries[n]["difference"]) for n in first.entries)
+    assert case.summary["retrain"]["rows"] == len(data["retain"])
+    more, _ = edit(subject, {**data, "forget": []}, "retrain", epochs=2.0, batch_size=16)
+    assert all(torch.equal(first.entries[n]["difference"], more.entries[n]["difference"]) for n in first.entries)
+
+
+def test_unsir_makes_noise_that_errs_and_leaves_the_start_model_alone(subject, data):
+    from expunge.subjects.image import weights_fingerprint
+
+    before = weights_fingerprint(subject.model)
+    delta, case = edit(subject, data, "unsir", copies=1, pictures=4, noise_steps=6, learning_rate=1e-3)
+    assert case.summary["noise"]["last"] < case.summary["noise"]["first"]
+    assert case.summary["noise"]["class"] == "3"
+    assert weights_fingerprint(subject.model) == before
+    assert delta.entries
+    assert not [name for name in delta.entries if "running" in name]
+    mixed = {"forget": [*data["forget"], data["retain"][0]], "retain": data["retain"]}
+    with pytest.raises(RequestError, match="unsir needs a class request"):
+        edit(subject, mixed, "unsir")
+
+
+def test_methods_of_another_modality_are_refused_by_name(subject, data):
+    with pytest.raises(RequestError, match="idk is for language models, resnet, seed 0 is of modality image"):
+        run(subject, data, "idk")
+
+
+def test_language_models_are_retrained_and_noised_by_the_same_methods():
+    from tiny import tiny
+
+    from expunge.rows import Row
+    from expunge.subjects.language import LanguageModel
+
+    language = LanguageModel(*tiny("llama"))
+    rows = [Row(id=str(i), prompt=f"where was {i} born?", answer=f"Tivin {i}") for i in range(8)]
+    sets = {"forget": rows[:2], "retain": rows[2:]}
+    retrained, _ = edit(language, sets, "retrain", epochs=2.0, batch_size=3)
+    assert len(retrained.entries) > len(list(language.model.parameters())) // 2
+    noised, _ = edit(language, sets, "fisher_forgetting", alpha=1e-9)
+    assert noised.apply(language).fingerprint != language.fingerprint
