@@ -1,0 +1,70 @@
+"""Small classifiers of written digits as reproductions about pictures use them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..methods.edit.case import EditCase
+from ..methods.optimise.loop import Training
+from ..methods.optimise.unlearn import unlearn
+from ..pictures import Picture
+from ..registry import get
+from ..subjects.image import ImageClassifier
+from ..world.pictures.draw import digits
+from ..world.pictures.models import Recipe, trained
+
+RECIPE = Recipe(side=16, widths=(16, 32, 64), epochs=5.0, learning_rate=5e-3)
+"""A residual network of three stages, 78 thousand weights."""
+CLASSES = [str(i) for i in range(10)]
+
+
+def rows() -> dict[str, list[Picture]]:
+    """1300 training and 497 test pictures of 16 x 16."""
+    return digits(RECIPE.side)
+
+
+def teach(some: Sequence[Picture], seed: int, classes: Sequence[str] = CLASSES) -> tuple[ImageClassifier, float]:
+    """(a classifier that was taught these rows, CPU seconds)"""
+    began = time.process_time()
+    return trained(some, classes, RECIPE, seed), time.process_time() - began
+
+
+def accuracy(subject: ImageClassifier, some: Sequence[Picture]) -> float:
+    return float(score(subject, some).hit.mean())
+
+
+def score(subject: ImageClassifier, some: Sequence[Picture]) -> Any:
+    return subject.score([((row.id, "answer"), subject.encode(row)) for row in some])
+
+
+def change(
+    subject: ImageClassifier,
+    data: Mapping[str, list[Picture]],
+    method: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    **training: Any,
+) -> tuple[ImageClassifier, dict[str, Any], float]:
+    """(the changed classifier, what the method says of its run, CPU seconds)"""
+    part = get("methods", method)
+    made = Training(**{"seed": seed, "guard": None, **training})
+    rows_: Any = data
+    began = time.process_time()
+    if part.card.kind == "optimise":  # type: ignore[union-attr]
+        outcome = unlearn(subject, part, settings, scope=None, data=rows_, training=made)  # type: ignore[arg-type]
+        delta, about = outcome.delta, outcome.summary
+    else:
+        case = EditCase(subject, rows_, made)  # type: ignore[arg-type]
+        delta, about = part.function(case, **part.resolve(settings)), case.summary
+    seconds = time.process_time() - began
+    after: Any = delta.apply(subject)  # type: ignore[arg-type]
+    return after, about, seconds
+
+
+def mean_loss(subject: ImageClassifier, some: Sequence[Picture]) -> float:
+    """Nats."""
+    return float(-np.asarray(score(subject, some).logprob, dtype=np.float64).mean())
