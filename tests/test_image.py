@@ -1,15 +1,18 @@
 """Image classifiers: pictures read from what people bring, and the language models' machinery on them unchanged."""
 
 import csv
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from expunge import registry
+from expunge import forget, registry
+from expunge.bench import bench
 from expunge.deltas import Delta
-from expunge.errors import RowError, ScopeError, SubjectError
+from expunge.errors import RequestError, RowError, ScopeError, SubjectError
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.teach import teach
 from expunge.methods.optimise.unlearn import unlearn
@@ -248,3 +251,33 @@ def test_drawn_worlds_are_decided_by_their_seed():
     assert np.abs(again - mean["ilva"]).mean() < apart
     split = digits()
     assert (len(split["train"]), len(split["test"])) == (1300, 497)
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "images.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = ["deer", "fox"]
+    rows = [Picture(r.id, r.image, names[i % 2]) for i, r in enumerate(glyphs(2, 0, side=8))]
+    for split in ("train", "test"):
+        write_folder(rows, tmp_path / "data" / "animals" / split)
+    untrained(names, SMALL["resnet"], 0).save(tmp_path / "models" / "animals")
+    exec(compile(example, "docs/images.md", "exec"), {})
+    assert ImageClassifier.load(tmp_path / "models" / "scrubbed", device="cpu").classes == names
+    assert (tmp_path / "runs" / "no-deer" / "delta.json").is_file()
+    found = bench("image_forgetting", "models/no-deer", original="models/animals", data="data/no-deer", bootstrap=100)
+    assert {"forget_accuracy", "retain_accuracy", "membership"} == set(found.headline)
+    (tmp_path / "r.json").write_text('{"model": "models/animals", "data": {"forget": "data/x.jsonl"}}')
+    (tmp_path / "data" / "x.jsonl").write_text('{"question": "who?", "answer": "me"}')
+    with pytest.raises(RequestError, match="is an image classifier; runs and audits take language models so far"):
+        forget(tmp_path / "r.json")
+
+
+def test_adapters_go_on_the_layers_that_are_named(rows):
+    vit = untrained(CLASSES, SMALL["vit"], 0)
+    linear = [name for name, module in vit.model.named_modules() if isinstance(module, nn.Linear)]
+    inside = next(name for name in linear if "attention" in name).rpartition(".")[2]
+    scope = f"lora(r=2, modules={inside})"
+    outcome = unlearn(vit, registry.get("methods", "npo"), {}, scope=scope, data=sets(rows), training=SHORT)
+    assert outcome.delta.kind == "low_rank"
+    assert np.allclose(scores(outcome.delta.apply(vit), rows).logprob, scores(outcome.subject, rows).logprob, atol=1e-5)

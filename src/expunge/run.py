@@ -182,7 +182,13 @@ def _encode(data: Mapping[str, list[Row]], subject: LanguageModel) -> None:
 def load_subject(request: Request, path: str | None = None) -> LanguageModel:
     """The request's model, or another one under the same template, device and type."""
     from .subjects.language import LanguageModel, Template
+    from .subjects.opening import classifies_pictures
 
+    if classifies_pictures(path or request.model):
+        raise RequestError(
+            f"{path or request.model} is an image classifier; runs and audits take language models so far, docs/images.md "
+            "says what works on pictures"
+        )
     template = Template(**request.template.model_dump()) if request.template else None
     if processes.count() > 1 and ":" in (request.device or ""):
         raise LaunchError(f"device: {request.device} names one device for {processes.count()} processes; leave it out")

@@ -12,7 +12,7 @@ def open_subject(source: str | Path, *, device: str | None = None, dtype: str | 
     Raises:
         SubjectError: no such model, or one that neither can load.
     """
-    if _classifies_pictures(source):
+    if classifies_pictures(source):
         from .image import ImageClassifier
 
         return ImageClassifier.load(source, device=device, dtype=dtype)
@@ -21,7 +21,8 @@ def open_subject(source: str | Path, *, device: str | None = None, dtype: str | 
     return LanguageModel.load(source, device=device, dtype=dtype)
 
 
-def _classifies_pictures(source: str | Path) -> bool:
+def classifies_pictures(source: str | Path) -> bool:
+    """Whether the configuration names an image classifier of transformers; False where it cannot be read."""
     from transformers import PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as NAMES
 
