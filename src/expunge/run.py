@@ -186,8 +186,8 @@ def load_subject(request: Request, path: str | None = None) -> LanguageModel:
 
     if classifies_pictures(path or request.model):
         raise RequestError(
-            f"{path or request.model} is an image classifier; runs and audits take language models so far, docs/images.md "
-            "says what works on pictures"
+            f"{path or request.model} is an image classifier; runs and audits take language models so far, "
+            "docs/images.md says what works on pictures"
         )
     template = Template(**request.template.model_dump()) if request.template else None
     if processes.count() > 1 and ":" in (request.device or ""):

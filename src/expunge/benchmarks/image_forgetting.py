@@ -44,12 +44,12 @@ def mini(_: World, folder: Path) -> None:
     split(digits(), {"label": "3"}, folder)
 
 
-def split(rows: dict[str, list[Picture]], where: dict[str, str], folder: Path) -> None:
+def split(rows: dict[str, list[Picture]], where: dict[str, str], folder: str | Path) -> None:
     """Write the data of a request for a class (`{"label": "3"}`) or sub-class (`{"group": "2-3"}`)."""
     for name, kind in (("", "train"), ("test_", "test")):
         gone, kept = chosen(rows[kind], where)
-        write_folder(gone, folder / f"{name}forget")
-        write_folder(kept, folder / f"{name}retain")
+        write_folder(gone, Path(folder) / f"{name}forget")
+        write_folder(kept, Path(folder) / f"{name}retain")
 
 
 @benchmark(paper="arXiv:2308.07707", data="a folder with forget, retain, test_forget, test_retain", modality=("image",))
