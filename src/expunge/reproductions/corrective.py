@@ -16,7 +16,7 @@ from .case import Case, Claim, Findings, number, spread
 from .case import Row as Trial
 from .pictures import accuracy, change, rows, teach
 
-POISON: Mapping[str, Any] = {"kind": "poison", "count": 65, "patch": 3, "target": "0"}
+POISON: Mapping[str, Any] = {"kind": "poison", "count": 65, "patch": 4, "target": "0"}
 CONFUSION: Mapping[str, Any] = {"kind": "interclass_confusion", "count": 120, "pair": ("4", "9")}
 SHARES = {"poison": (0.1, 1.0), "confusion": (0.8,)}
 STEPS = 60
@@ -83,8 +83,8 @@ def corrective(case: Case) -> Findings:
 
 
 NOTES = [
-    "Digits of 16 x 16: poison is 65 of 1300 rows (5 %) with a square of 3 x 3 in the corner and class 0; confusion "
-    "swaps the classes of 120 rows of 4 and 9. Residual network of 78 thousand weights, 5 epochs.",
+    "Digits of 32 x 32: poison is 65 of 1300 rows (5 %) with a square of 4 x 4 in the corner and class 0; confusion "
+    "swaps the classes of 120 rows of 4 and 9. Residual network of 80 thousand weights, 8 epochs.",
     "Corrected accuracy leaves out triggered pictures of the target itself, which a backdoored model gets right.",
     "Methods are run at one setting each, not at the best of a grid: SCRUB, bad teacher and fine-tune at "
     "learning rate 1e-3 with AdamW for 60 steps; a step of the first two has as many retain rows as identified ones.",
