@@ -1,7 +1,8 @@
 """Tails: what a change of one token at one layer does to the final states, computed from that token on.
 
 A text is read once. What stands before the token does not depend on it, nor does anything below the layer: a change is
-carried through the later tokens and the blocks above alone, and gradients go no further.
+carried through the later tokens and the blocks above alone, and gradients go no further. In the last block the MLP runs
+only where states are read: nothing looks at what it gives elsewhere.
 
     text      The  birthplace  of  Orin  Valk | was  born  in
     read once  .       .        .    .    .   |  .    .    .      all blocks; keys and values are kept
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import SubjectError
+from .anatomy import anatomy
 from .language import LanguageModel, _Skipped, _Stop, cache_name
 from .value_vectors import ValueMatrix, value_matrices
 
@@ -172,12 +174,20 @@ def _looked(seen: Seen, count: int, at: Sequence[int], rows: Sequence[int] | Non
 class Tails:
     """Texts that were read, and how their final states move with a change of one token of each."""
 
-    def __init__(self, subject: LanguageModel, texts: Sequence[Text], at: Sequence[int], layer: int) -> None:
+    def __init__(
+        self,
+        subject: LanguageModel,
+        texts: Sequence[Text],
+        at: Sequence[int],
+        layer: int,
+        read: Sequence[Sequence[int]],
+    ) -> None:
         """
         Args:
             texts: token ids; all of them are fed.
             at: per text the token that changes.
             layer: the MLP that gives the change.
+            read: per text the tokens whose final states are wanted, none before `at`.
 
         Raises:
             SubjectError: there is no such dense layer.
@@ -185,7 +195,9 @@ class Tails:
         self.subject, self.texts, self.at, self.layer = subject, texts, list(at), layer
         self.matrix = edited_matrix(subject, layer)
         self.rest = max(len(text) - first for text, first in zip(texts, at))
-        """Tokens of the longest tail; of shorter ones the last states mean nothing."""
+        """Tokens of the longest tail."""
+        places = [i * self.rest + place - at[i] for i, several in enumerate(read) for place in several]
+        self.read = torch.tensor(places, dtype=torch.long, device=subject.device)
         ids = padded(texts, subject.device)
         seen, handles = _watched(subject, [layer])
         cache = DynamicCache()
@@ -196,8 +208,8 @@ class Tails:
         steps = torch.tensor(self.at, device=subject.device)[:, None] + torch.arange(self.rest, device=subject.device)
         self.columns = steps.clamp_max(ids.shape[1] - 1)
         self.lines = torch.arange(len(texts), device=subject.device)[:, None]
-        self.clean = clean.last_hidden_state[self.lines, self.columns]
-        """(n, rest, d) final states as they are."""
+        self.clean = self._wanted(clean.last_hidden_state[self.lines, self.columns])
+        """(states read, d) as they are."""
         self.stream = seen["streams"][layer][self.lines, self.columns]
         self._pass = self._whole
         if self._can_cut(cache):
@@ -206,8 +218,11 @@ class Tails:
                 self._pass = self._whole
 
     def states(self, change: Tensor) -> Tensor:
-        """(n, rest, d) final states where `change` (n, d) is added to what the MLP gives at each text's token."""
+        """(states read, d) where `change` (n, d) is added to what the MLP gives at each text's token."""
         return self._pass(change)
+
+    def _wanted(self, states: Tensor) -> Tensor:
+        return states.flatten(0, 1)[self.read]
 
     # --- whole texts ------------------------------------------------------------------------------------------
 
@@ -223,7 +238,7 @@ class Tails:
         owner = subject.model.get_submodule(str(self.matrix.owner))
         with hooked([owner.register_forward_hook(add)]):
             found = subject.decoder(input_ids=padded(self.texts, subject.device), use_cache=False)
-        return found.last_hidden_state[self.lines, self.columns]
+        return self._wanted(found.last_hidden_state[self.lines, self.columns])
 
     # --- tails ------------------------------------------------------------------------------------------------
 
@@ -253,6 +268,8 @@ class Tails:
                 at = index[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
                 parts.append(part.gather(2, at))
             self.layers.append(_Fixed(*parts))
+        named = inspect.signature(self.subject.decoder.forward).parameters
+        self.named = {"position_ids": self.positions} if "position_ids" in named else {}
         self._pass = self._tail
 
     def _tail(self, change: Tensor) -> Tensor:
@@ -260,9 +277,7 @@ class Tails:
         stream = torch.cat([self.stream[:, :1] + change.to(self.stream.dtype)[:, None], self.stream[:, 1:]], 1)
         cache = DynamicCache()
         cache.layers = self.layers
-        named: dict[str, Any] = {cache_name(subject.decoder): cache, "attention_mask": self.mask}
-        if "position_ids" in inspect.signature(subject.decoder.forward).parameters:
-            named["position_ids"] = self.positions
+        named = {cache_name(subject.decoder): cache, "attention_mask": self.mask, **self.named}
         names = [block.name for block in subject.blocks]
         owner: nn.Module = subject.model.get_submodule(names[0].rpartition(".")[0])
         before = dict(owner._modules)
@@ -275,23 +290,42 @@ class Tails:
                 given.states = stream
                 owner._modules[key] = given
             ids = torch.zeros_like(self.positions)
-            return subject.decoder(input_ids=ids, use_cache=True, **named).last_hidden_state
+            with hooked(self._sparing()):
+                return self._wanted(subject.decoder(input_ids=ids, use_cache=True, **named).last_hidden_state)
         finally:
             owner._modules.update(before)
+
+    def _sparing(self) -> list[Any]:
+        """Hooks under which the last MLP runs only on the states that are read."""
+        block = anatomy(self.subject.model).blocks[-1]
+        if self.layer == block.index or block.experts:
+            return []
+
+        shape: list[torch.Size] = []  # some MLPs see tokens of all rows in one axis
+
+        def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            shape[:] = [arguments[0].shape[:-1]]
+            return (arguments[0].reshape(-1, arguments[0].shape[-1])[self.read], *arguments[1:])
+
+        def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            whole = output.new_zeros(self.columns.numel(), output.shape[-1])
+            return whole.index_copy(0, self.read, output).view(*shape[0], -1)
+
+        def owners(names: Sequence[str]) -> list[nn.Module]:
+            return [self.subject.model.get_submodule(p) for p in dict.fromkeys(n.rpartition(".")[0] for n in names)]
+
+        handles = [owner.register_forward_pre_hook(gather) for owner in owners((*block.mlp_in, *block.mlp_gate))]
+        return [*handles, *(owner.register_forward_hook(scatter) for owner in owners(block.mlp_out))]
 
     @torch.no_grad()
     def _agrees(self) -> bool:
         """Whether tails without a change have the states of the whole pass."""
-        real = self.columns - torch.tensor(self.at, device=self.subject.device)[:, None] == torch.arange(
-            self.rest, device=self.subject.device
-        )
-        real &= self.columns < torch.tensor([len(text) for text in self.texts], device=self.subject.device)[:, None]
         try:
             found = self._tail(self.clean.new_zeros(len(self.texts), self.matrix.width))
         except Exception:  # any failure means that this model's tails do not run alone
             return False
         tolerance = 1e-4 if self.subject.dtype in (torch.float32, torch.float64) else 5e-2
-        return bool((found - self.clean)[real].abs().max() <= tolerance * self.clean[real].abs().max())
+        return bool((found - self.clean).abs().max() <= tolerance * self.clean.abs().max())
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()

@@ -238,25 +238,24 @@ def _together(subject: LanguageModel, group: list[Fact], layer: int, settings: S
     asked = [one for fact in group for one in fact.lookups]
     about = [fact.essence for fact in group if fact.essence]
     texts = [one.tokens.ids[:-1] for one in asked] + about
-    tails = Tails(subject, texts, [one.at for one in asked] + [len(text) - 1 for text in about], layer)
+    read = [[place - 1 for place in range(one.tokens.start, len(one.tokens.ids))] for one in asked]
+    last = [len(text) - 1 for text in about]
+    tails = Tails(subject, texts, [one.at for one in asked] + last, layer, read + [[place] for place in last])
     device = subject.device
     owner = [i for i, fact in enumerate(group) for _ in fact.lookups]
     described = [i for i, fact in enumerate(group) if fact.essence]
     rows = torch.tensor([*owner, *described], device=device)
-    # Of every target token: the state that predicts it, and its share in its fact's mean.
-    at, target, share, whose = _targets(group, asked, owner, tails.rest, device)
-    essence = torch.arange(len(asked), len(texts), device=device) * tails.rest
-    clean = tails.clean.flatten(0, 1)
-    original = subject.head(clean[essence]).float().log_softmax(-1).detach() if about else None
+    # Every target token, and its share in its fact's mean.
+    target, share, whose = _targets(group, asked, owner, device)
+    original = subject.head(tails.clean[len(target) :]).float().log_softmax(-1).detach() if about else None
     first = _first(group)
     looked = tails.looked
     size = (looked.values if where == "value" else looked.streams)[layer][first].norm(dim=-1)
     described_at = torch.tensor(described, device=device, dtype=torch.long)
 
     def losses(delta: Tensor) -> Tensor:
-        states = tails.states(delta[rows]).flatten(0, 1)
-        logits = subject.head(states[torch.cat([at, essence])]).float().log_softmax(-1)
-        said, is_a = logits.split([len(at), len(essence)])
+        logprobs = subject.head(tails.states(delta[rows])).float().log_softmax(-1)
+        said, is_a = logprobs.split([len(target), len(about)])
         nll = -said.gather(1, target[:, None])[:, 0] * share
         total = torch.zeros(len(group), device=device).index_add(0, whose, nll)
         if original is not None:
@@ -275,13 +274,12 @@ def _together(subject: LanguageModel, group: list[Fact], layer: int, settings: S
 
 
 def _targets(
-    group: list[Fact], asked: list[Lookup], owner: list[int], rest: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    at, target, whose = list[int](), list[int](), list[int]()
+    group: list[Fact], asked: list[Lookup], owner: list[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    target, whose = list[int](), list[int]()
     share = list[float]()
-    for row, (one, fact) in enumerate(zip(asked, owner)):
+    for one, fact in zip(asked, owner):
         ids, start = one.tokens.ids, one.tokens.start
-        at += [row * rest + place - 1 - one.at for place in range(start, len(ids))]
         target += ids[start:]
         share += [1 / (len(ids) - start) / len(group[fact].lookups)] * (len(ids) - start)
         whose += [fact] * (len(ids) - start)
@@ -289,7 +287,7 @@ def _targets(
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, device=device)
 
-    return tensor(at), tensor(target), torch.tensor(share, device=device), tensor(whose)
+    return tensor(target), torch.tensor(share, device=device), tensor(whose)
 
 
 def _descend(losses: Any, delta: Tensor, size: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:
