@@ -2,10 +2,10 @@
 
     python benchmarks/edits.py --peer EasyEdit/ [--repeats 5] [--batches 1 8 32] [--threads 1] [--json FILE]
 
-A Llama of 4 layers and d = 256 with random weights; a tokenizer trained on this project's docs and on the facts, so that
-names are one or two tokens long, as they are in published vocabularies; invented facts, 20 contexts, 25 steps, layer 1,
-no covariance (EasyEdit's own setting for Llama). Contexts are sampled once for both and are in nobody's time. An edit
-is measured from the request to a model that has it: the peer changes weights in place, we make a delta and apply it.
+A Llama of 4 layers and d = 256 with random weights; a tokenizer trained on this project's docs and on the facts, so
+that names are one or two tokens long, as in published vocabularies; invented facts, 20 contexts, 25 steps, layer 1, no
+covariance (EasyEdit's own setting for Llama). Contexts are sampled once for both and are in nobody's time. An edit is
+measured from the request to a model that has it: the peer changes weights in place, we make a delta and apply it.
 Repeats of both sides take turns, the first of each is not counted; medians are shown. Of wall time and CPU time the
 latter is what counts on a machine that others use too.
 

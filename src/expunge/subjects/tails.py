@@ -67,15 +67,6 @@ class Looked:
     """Layer to (n, d): the residual stream after the block."""
 
 
-class _Given(_Skipped):
-    """Stands in for a block whose output is given."""
-
-    states: Tensor
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self.states if self.others < 0 else (self.states, *([None] * self.others))
-
-
 class _Fixed(DynamicLayer):
     """Keys and values that nothing is added to: every pass goes on from the same ones."""
 
@@ -268,32 +259,49 @@ class Tails:
                 at = index[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
                 parts.append(part.gather(2, at))
             self.layers.append(_Fixed(*parts))
-        named = inspect.signature(self.subject.decoder.forward).parameters
-        self.named = {"position_ids": self.positions} if "position_ids" in named else {}
         self._pass = self._tail
 
     def _tail(self, change: Tensor) -> Tensor:
-        subject = self.subject
+        """The blocks above on the tails, each called with what the decoder itself called it with."""
         stream = torch.cat([self.stream[:, :1] + change.to(self.stream.dtype)[:, None], self.stream[:, 1:]], 1)
+        with hooked(self._sparing()):
+            for block, arguments, named in self.calls:
+                stream = _plain(block(stream, *arguments, **named))
+        states = self._wanted(stream)
+        parts = anatomy(self.subject.model)
+        for part in (parts.final_norm, parts.narrowing):
+            states = part[1](states) if part is not None else states
+        return states
+
+    def _recorded(self) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+        """Blocks above with the masks, positions and caches that the decoder hands them; no step moves these."""
+        subject = self.subject
         cache = DynamicCache()
         cache.layers = self.layers
-        named = {cache_name(subject.decoder): cache, "attention_mask": self.mask, **self.named}
+        more: dict[str, Any] = {cache_name(subject.decoder): cache, "attention_mask": self.mask}
+        if "position_ids" in inspect.signature(subject.decoder.forward).parameters:
+            more["position_ids"] = self.positions
         names = [block.name for block in subject.blocks]
         owner: nn.Module = subject.model.get_submodule(names[0].rpartition(".")[0])
         before = dict(owner._modules)
+        calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            others = {name: value for name, value in named.items() if name != "hidden_states"}
+            calls.append((block, arguments[1:], others))
+
+        handles = [subject.model.get_submodule(name) for name in names[self.layer + 1 :]]
         try:
             for name in names[: self.layer + 1]:
                 key = name.rpartition(".")[2]
                 block = before[key]
                 assert block is not None
-                given = _Given(block, subject._others)
-                given.states = stream
-                owner._modules[key] = given
-            ids = torch.zeros_like(self.positions)
-            with hooked(self._sparing()):
-                return self._wanted(subject.decoder(input_ids=ids, use_cache=True, **named).last_hidden_state)
+                owner._modules[key] = _Skipped(block, subject._others)
+            with hooked([block.register_forward_pre_hook(record, with_kwargs=True) for block in handles]):
+                subject.decoder(input_ids=torch.zeros_like(self.positions), use_cache=True, **more)
         finally:
             owner._modules.update(before)
+        return calls
 
     def _sparing(self) -> list[Any]:
         """Hooks under which the last MLP runs only on the states that are read."""
@@ -321,6 +329,7 @@ class Tails:
     def _agrees(self) -> bool:
         """Whether tails without a change have the states of the whole pass."""
         try:
+            self.calls = self._recorded()
             found = self._tail(self.clean.new_zeros(len(self.texts), self.matrix.width))
         except Exception:  # any failure means that this model's tails do not run alone
             return False
