@@ -77,22 +77,29 @@ def train(name, folder=None, progress=None):
     return outcome.delta.entries, outcome.summary["log"]["loss"], outcome.summary["warnings"]
 
 
-def tables(subject):
-    """Everything that passes give, from many small groups."""
+def tables(subject, *, parts=False):
+    """Everything that passes give, from many small groups; `parts`: what they give while weights lie in parts."""
     asked = [row for count in (2, 9) for row in rows("born" if count == 2 else "bred and born", count)]
     encoded = [((row.id, "answer"), subject.encode(row)) for row in asked]
     prompts = [((row.id, "question"), subject.prompt_text(row)) for row in asked]
     scores = subject.score(encoded, token_budget=60)
     greedy = subject.generate(prompts, max_new_tokens=4)
     sampled = subject.generate(prompts, max_new_tokens=4, samples=3, temperature=1.0, seed=5)
+    single = (
+        {}
+        if parts
+        else {
+            "gradients": subject.gradients(encoded).norm,
+            "patched": subject.patched_into(subject.copy(), encoded).by_block,
+        }
+    )
     return {
+        **single,
         "logprob": scores.logprob,
         "mean": scores.mean,
         "variance": scores.variance,
         "texts": [greedy.texts, sampled.texts, greedy.stopped, sampled.stopped],
         "hidden": subject.hidden([text for _, text in prompts]).numpy(),
-        "gradients": subject.gradients(encoded).norm,
-        "patched": subject.patched_into(subject.copy(), encoded).by_block,
         "entries": torch.cat(subject.entries([item for _, item in encoded], 1)).numpy(),
     }
 
@@ -176,7 +183,9 @@ def check_parts():
         assert len(inside) == len([name for name in before if ".layers." in name])
         assert sum(shards.local(part).numel() for part in inside) <= 0.51 * sum(part.numel() for part in inside)
         assert sum(p.numel() for p in parameters) < 0.5 * sum(tensor.numel() for tensor in before.values())
-        assert equal(tables(subject), whole)
+        assert equal(tables(subject, parts=True), whole)
+        with pytest.raises(LaunchError, match="gradients of single rows need whole weights"):
+            subject.gradients([(("0", "answer"), subject.encode(rows("born", 1)[0]))])
         assert float(shards.norm(parts)) == pytest.approx(float(sum(t.square().sum() for t in before.values()).sqrt()))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert equal(tables(subject), whole)

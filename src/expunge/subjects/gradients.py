@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def gradient_norms(
 
     The loss is the mean over the tokens of the answer's text; tokens that close it do not count. NaN where a row does
     not use a tensor at all (an expert).
+
+    Raises:
+        LaunchError: the weights lie in parts over several processes, as they do while FSDP trains them.
     """
+    if subject.sharded:
+        raise LaunchError("gradients of single rows need whole weights, and these lie in parts over several processes")
     names = [name for name, _ in subject.model.named_parameters()]
     texts = [replace(row, ids=row.ids[: len(row.ids) - row.closing], closing=0) for row in rows]
     many = bool(rows) and can_go_together(subject)
