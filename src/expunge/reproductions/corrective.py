@@ -75,7 +75,7 @@ def _measured(subject: ImageClassifier, case: Manipulated) -> dict[str, float]:
     return {"corrected": accuracy(subject, case.affected()), "retain": accuracy(subject, case.unaffected)}
 
 
-@reproduction(paper="arXiv:2402.14015", cost="2 min on 1 core", modality=("image",))
+@reproduction(paper="arXiv:2402.14015", cost="3 min on 1 core", modality=("image",))
 def corrective(case: Case) -> Findings:
     """Correcting a classifier whose training rows were manipulated, when only some of them are known."""
     flat = [{**row, "seed": found["seed"]} for found in case.trials(trial, [{}]) for row in found["rows"]]
