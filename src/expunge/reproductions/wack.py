@@ -217,9 +217,8 @@ NOTES = [
     "A small model has no habit of following examples, so it is taught one: right answers after right examples for "
     "everybody, wrong answers in 7 of 10 cases after wrong ones on a third of the people. 3 blocks, d = 64; 40 people "
     "known, 8 of them to be forgotten, 20 never seen; two examples.",
-    "The wrong value was drawn anew for every row of that habit, so the right one stayed the likeliest: errors were "
-    "hardly provoked, which leaves the probe of three labels without rows. That is this experiment's fault and says "
-    "nothing of the paper.",
+    "The taught habit hardly showed: errors were not provoked, which leaves the probe of three labels without rows. "
+    "That is this experiment's failure and says nothing of the paper; its cause was not found.",
     "Samples are drawn plainly at temperature 0.5; the paper's two beams are nearly greedy. Answers count as whole "
     "words, and may be three tokens longer than the longest.",
     "The index is 0 where forgotten rows look like rows never seen to a probe of the model itself, 1 as before. The "
