@@ -129,7 +129,7 @@ def _row_wise(subject: ImageClassifier, request: Mapping[str, list[Picture]]) ->
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 
-@reproduction(paper="arXiv:2308.07707", cost="3 min on 1 core", modality=("image",))
+@reproduction(paper="arXiv:2308.07707", cost="2 min on 1 core", modality=("image",))
 def ssd(case: Case) -> Findings:
     """Selective synaptic dampening of written digits: a class in a fraction of retraining's time, without training."""
     trials = case.trials(classes, [{"labels": list(ASKED)}])
