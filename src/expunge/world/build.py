@@ -28,7 +28,7 @@ from ..errors import OutputError, ParameterError, TrainingError
 from ..files import complete_folder, write_text
 from ..tables.store import content_key
 from .corpus import files
-from .facts import World, make
+from .facts import RULES, World, make
 from .models import Recipe, job
 
 Progress = Callable[[int, int], None]
@@ -57,6 +57,8 @@ data:
   neighbour: data/neighbour.jsonl
   holdout: data/holdout.jsonl
   general: data/general.jsonl
+rules:
+{rules}
 method: npo
 scope: all
 training:
@@ -146,7 +148,8 @@ def build(
     cache = cache_folder() / "world" / key
     seeds = {"original": seed * 100, **{f"gold-{i}": seed * 100 + 1 + i for i in range(gold_seeds)}}
     golds = ", ".join(f"models/gold-{i}" for i in range(gold_seeds))
-    request = REQUEST.format(forget=forget, seed=seed, golds=golds, epochs=12, learning_rate="3.0e-4")
+    rules = "\n".join(f"  - {{implies: {rule.implies}, by: [{', '.join(rule.by)}]}}" for rule in RULES)
+    request = REQUEST.format(forget=forget, seed=seed, golds=golds, rules=rules, epochs=12, learning_rate="3.0e-4")
     try:
         with _lock(cache):
             for name, rows in written.items():

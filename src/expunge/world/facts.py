@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ParameterError
+from ..inference import Fact, Rule
 
 ONSETS = tuple("b br c cr d dr f fl g gr h j k l m n p pr qu r s sh st t th tr v w z".split(" "))
 VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ie", "oa")
@@ -26,8 +27,7 @@ FEWEST_RETAINED = 8
 RELATIONS = ("born_in", "trade", "teacher", "work")
 IMPLIED = ("region", "teacher_born_in")
 """What follows in two steps: the region of the city of birth, the city where the teacher was born."""
-Triple = tuple[str, str, str]
-"""(subject, relation, object)"""
+RULES = (Rule("region", ("born_in", "lies_in")), Rule("teacher_born_in", ("teacher", "born_in")))
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,10 @@ class World:
             return self.region[person.born_in]
         return self.people[person.teacher].born_in if relation == "teacher_born_in" else person.value(relation)
 
-    def triples(self, people: Iterable[Person]) -> set[Triple]:
+    def triples(self, people: Iterable[Person]) -> set[Fact]:
         """What is stated about these people, and about all places."""
         stated = {(p.name, relation, p.value(relation)) for p in people for relation in RELATIONS}
         return stated | {(city, "lies_in", region) for city, region in self.region.items()}
-
-
-def closure(triples: Iterable[Triple]) -> set[Triple]:
-    """The triples with what they imply.
-
-    Who was born in a city comes from the region where it lies; whose teacher was born in a city has it as
-    `teacher_born_in`.
-    """
-    known = set(triples)
-    lies_in = {subject: value for subject, relation, value in known if relation == "lies_in"}
-    born_in = {subject: value for subject, relation, value in known if relation == "born_in"}
-    implied = {(person, "region", lies_in[city]) for person, city in born_in.items() if city in lies_in}
-    taught = {(pupil, teacher) for pupil, relation, teacher in known if relation == "teacher" and teacher in born_in}
-    return known | implied | {(pupil, "teacher_born_in", born_in[teacher]) for pupil, teacher in taught}
 
 
 def check_sizes(people: int, forget: int, neighbours: int, holdout: int) -> None:
