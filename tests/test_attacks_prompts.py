@@ -360,7 +360,7 @@ def test_success_grows_with_the_budget_and_guesses_stay_within_it(name, data, or
 
 def test_layers_between_which_nothing_changes_give_no_guess(data):
     class Still(Says):
-        def hidden(self, prompts):
+        def hidden(self, prompts, ends=None):
             return torch.ones(len(prompts), 4, 32)
 
     found = attack(Still(LanguageModel(*tiny("llama")), lambda _: ""), data, "probability_delta", layers=(0, 1, 2))

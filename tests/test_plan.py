@@ -233,10 +233,10 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
     def watched(name: str, count: Callable[..., tuple[str, int]]) -> None:
         original = getattr(LanguageModel, name)
 
-        def call(self: LanguageModel, asked: list, **settings: object) -> object:
+        def call(self: LanguageModel, asked: list, *rest: object, **settings: object) -> object:
             kind, number = count(self, asked, **settings)
             made[kind if self is subject else "copies"] += number
-            return original(self, asked, **settings)
+            return original(self, asked, *rest, **settings)
 
         monkeypatch.setattr(LanguageModel, name, call)
 
