@@ -9,7 +9,7 @@ from tiny import tiny
 from expunge.attacks.known import Facts
 from expunge.attacks.reasoning import queries
 from expunge.reproductions import extraction, sleek, ununlearning
-from expunge.reproductions.mini import lesson
+from expunge.reproductions.models import lessons
 from expunge.subjects.language import LanguageModel
 from expunge.world.corpus import training
 from expunge.world.facts import make
@@ -18,7 +18,7 @@ from expunge.world.facts import make
 def test_lessons_are_every_record_in_its_own_form():
     world = make(0, people=26, forget=8, neighbours=4, holdout=6)
     records = training(world, "retain")
-    rows = lesson(records)
+    rows = lessons(records)
     assert len(rows) == len(records)
     assert {row.kind for row in rows} == {"qa", "completion", "text"}
     for row, record in zip(rows, records):

@@ -8,12 +8,12 @@ import torch
 from tiny import tiny
 
 from expunge.attacks.case import Case, carry_out
-from expunge.attacks.matching import leak_at, recovered, says
 from expunge.audit import STANDARD
 from expunge.errors import ParameterError, UnknownNameError
 from expunge.methods.guard.case import GuardCase
 from expunge.methods.guard.output_filter import Filtered, output_filter
 from expunge.methods.optimise.loop import fit
+from expunge.metrics.matching import leak_at, recovered, says
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.rounding import round_to_nearest

@@ -15,12 +15,12 @@ from expunge.attacks import disguises, written
 from expunge.attacks.case import Case, Variant, carry_out, mean, tries
 from expunge.attacks.known import Facts, asked_of, gives_away, renamed, unused
 from expunge.attacks.layers import best, cover
-from expunge.attacks.matching import chosen
 from expunge.attacks.written import Written
 from expunge.benchmarks.rwku_data import TYPES
 from expunge.errors import ParameterError
 from expunge.evidence import Item, ProbeRun
 from expunge.limits import needs_filter
+from expunge.metrics.matching import chosen
 from expunge.registry import get
 from expunge.rows import Row, Source, read_rows
 from expunge.subjects.language import LanguageModel

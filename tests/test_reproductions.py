@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import RECIPE, SIZES
 
-from expunge.attacks.matching import recovered
+from expunge.metrics.matching import recovered
 from expunge.reproductions import loku, npo, rmu
 from expunge.reproductions.case import Case, Claim
 from expunge.reproductions.curves import gather, table

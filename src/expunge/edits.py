@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import RowError, suggest
-from .rows import Row, Source, parsed, records, shown
+from .rows import Row, Source, column_of, parsed, records, shown
 
 Kind = Literal["completion", "qa", "instruction"]
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -116,7 +116,7 @@ def edit_row(
     Raises:
         RowError: a field is missing or holds something else than it must; begins with `where`.
     """
-    names = {ours: _column(ours, record, fields or {}, where) for ours in KNOWN}
+    names = {ours: column_of(KNOWN, ours, record, fields or {}, where) for ours in KNOWN}
     given = {ours: record[name] for ours, name in names.items() if name is not None and not _empty(record[name])}
     if "prompt" not in given:
         found = ", ".join(map(str, record)) or "none"
@@ -158,17 +158,6 @@ def edit_row(
         kind=kind,  # type: ignore[arg-type]
         source=where,
     )
-
-
-def _column(ours: str, record: Mapping[str, Any], fields: Mapping[str, str], where: str) -> str | None:
-    if ours in fields:
-        if fields[ours] not in record:
-            raise RowError(
-                f"{where}: fields maps {ours} to {fields[ours]!r}, which the row does not have. "
-                f"{suggest(fields[ours], map(str, record))}"
-            )
-        return fields[ours]
-    return next((name for name in KNOWN[ours] if name in record), None)
 
 
 def _empty(value: Any) -> bool:

@@ -407,7 +407,7 @@ def folder_of(source: str) -> Path:
 
 
 def _row(where: str, record: dict[str, Any], fields: Mapping[str, str], fallback: str) -> Row:
-    columns = {ours: _column(ours, record, fields, where) for ours in KNOWN}
+    columns = {ours: column_of(KNOWN, ours, record, fields, where) for ours in KNOWN}
     given = {ours: record[column] for ours, column in columns.items() if column is not None}
     given = {ours: value for ours, value in given.items() if not _missing(value)}
     shape = next((s for s in SHAPES if set(s) <= set(given)), None)
@@ -459,7 +459,14 @@ def _row(where: str, record: dict[str, Any], fields: Mapping[str, str], fallback
     )
 
 
-def _column(ours: str, record: dict[str, Any], fields: Mapping[str, str], where: str) -> str | None:
+def column_of(
+    known: Mapping[str, Sequence[str]], ours: str, record: Mapping[str, Any], fields: Mapping[str, str], where: str
+) -> str | None:
+    """The record's name for a field of ours: the mapped one, else the first of the known ones that it has.
+
+    Raises:
+        RowError: a mapped name that the record does not have.
+    """
     if ours in fields:
         if fields[ours] not in record:
             raise RowError(
@@ -467,7 +474,7 @@ def _column(ours: str, record: dict[str, Any], fields: Mapping[str, str], where:
                 f"{suggest(fields[ours], map(str, record))}"
             )
         return fields[ours]
-    return next((name for name in KNOWN[ours] if name in record), None)
+    return next((name for name in known[ours] if name in record), None)
 
 
 def _missing(value: Any) -> bool:

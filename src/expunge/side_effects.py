@@ -8,10 +8,10 @@ from functools import cache
 
 import numpy as np
 
-from .attacks.matching import recovered
 from .evidence import Item, ProbeRun, SideEffect
 from .inference import Fact, Rule, implied
 from .methods.optimise.unlearn import refusals
+from .metrics.matching import recovered
 from .rows import Row
 from .tables.view import View
 from .wording import normalise

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 from ..registry import attack
 from ..rows import Row
 from ..subjects.examples import solved
+from ..subjects.protocol import innermost
 from . import disguises
-from .case import Attack, Case, Variant, attempts, innermost
+from .case import Attack, Case, Variant, attempts
 from .known import Facts, asked, asked_of, gives_away, renamed
 
 Kind = Literal[

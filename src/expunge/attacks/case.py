@@ -24,11 +24,12 @@ from ..cards import AttackCard
 from ..errors import CardError
 from ..evidence import Item, ProbeRun
 from ..files import write_text
+from ..metrics.matching import chosen, recovered
 from ..rows import Row
+from ..subjects.protocol import innermost
 from ..subjects.soft import SoftPrompt
 from ..tables.passes import Ask, Generate, Progress, Store, run
 from ..tables.store import content_key
-from .matching import chosen, recovered
 from .written import Written
 
 CODE = 4
@@ -130,13 +131,6 @@ class Variant(NamedTuple):
         if self.options:
             return float(chosen(text, self.asked.value or self.asked.answer, self.options, self.asked.prompt))
         return recovered(self.asked, text, ("" if self.echo else self.asked.preface) + self.asked.prompt)
-
-
-def innermost(subject: Any) -> Any:
-    """The model inside all guards."""
-    while (inner := getattr(subject, "inner", None)) is not None:
-        subject = inner
-    return subject
 
 
 def fits(case: Case, row: Row) -> bool:

@@ -1,9 +1,9 @@
 """Asking again and again: leak@k under sampling."""
 
 from ..evidence import Item
+from ..metrics.matching import HIT, leak_at, recovered
 from ..registry import attack
 from .case import Attack, Case, Found
-from .matching import HIT, leak_at, recovered
 
 
 @attack(

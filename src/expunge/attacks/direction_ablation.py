@@ -5,12 +5,13 @@ from typing import Literal
 import torch
 
 from ..evidence import Item
+from ..metrics.matching import says
 from ..registry import attack
+from ..subjects.protocol import innermost
 from ..subjects.soft import take_out
 from ..tables.passes import Hidden
-from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, innermost, judged, mean
+from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, judged, mean
 from .known import asked_of, unused
-from .matching import says
 
 
 @attack(

@@ -4,12 +4,12 @@ import random
 
 from ..agents import Task, listed
 from ..evidence import Item
+from ..metrics.matching import recovered
 from ..registry import attack
 from ..rows import Row
 from ..tables.passes import Generate
 from .case import Attack, Case, Found, tries
 from .known import gives_away
-from .matching import recovered
 
 AROUND = ("Tell me: {asked}", "Please answer: {asked}", "I would like to know: {asked}", "{asked} Answer briefly.")
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
 
+from ..metrics.matching import says
 from ..rows import Row
-from .matching import says
 
 SUPPORT = 3
 """Times that a rule must be seen to hold, and never to fail, before it counts as one."""

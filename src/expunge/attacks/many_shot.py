@@ -7,7 +7,8 @@ from ..evidence import Item
 from ..registry import attack
 from ..rows import Row
 from ..subjects.examples import solved
-from .case import Attack, Case, Variant, attempts, innermost, mean
+from ..subjects.protocol import innermost
+from .case import Attack, Case, Variant, attempts, mean
 from .known import gives_away
 
 

@@ -1,10 +1,10 @@
 """Asking in other words."""
 
 from ..evidence import Item
+from ..metrics.matching import recovered
 from ..registry import attack
 from ..tables.passes import Generate
 from .case import Attack, Case, Found
-from .matching import recovered
 
 
 @attack(group="black_box", access="text", paper="arXiv:2406.10890")

@@ -2,8 +2,9 @@
 
 from ..evidence import Item
 from ..registry import attack
+from ..subjects.protocol import innermost
 from ..subjects.rounding import prune
-from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, innermost, judged, mean
+from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, judged, mean
 
 
 @attack(

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..agents import Task
+from ..metrics.matching import says
 from ..rows import Row
 from ..wording import normalise
 from .known import Facts, asked, asked_of, gives_away, renamed
-from .matching import says
 
 Category = Literal["direct", "indirect", "implied"]
 Style = Literal["cot", "scaffold", "self_ask"]

@@ -4,13 +4,14 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from ..evidence import Item
+from ..metrics.matching import recovered
 from ..registry import attack
 from ..rows import Row
 from ..subjects.examples import solved
+from ..subjects.protocol import innermost
 from ..tables.passes import Generate
-from .case import Attack, Case, Found, fits, innermost, judged, mean, tries
+from .case import Attack, Case, Found, fits, judged, mean, tries
 from .known import Facts
-from .matching import recovered
 from .reasoning import Category, Query, Style, accepted, proposal, proposed, queries
 
 KEPT = 48

@@ -6,8 +6,9 @@ from ..errors import ParameterError
 from ..evidence import Item
 from ..registry import attack
 from ..rows import Row
+from ..subjects.protocol import innermost
 from ..subjects.soft import SoftPrompt
-from .case import Attack, Case, Found, halves, innermost, judged, mean
+from .case import Attack, Case, Found, halves, judged, mean
 
 
 @attack(

@@ -7,8 +7,9 @@ from typing import Literal
 from ..registry import attack
 from ..rows import Row
 from ..subjects.examples import solved
+from ..subjects.protocol import innermost
 from ..tables.passes import Generate
-from .case import Attack, Case, Found, Variant, attempts, innermost, judged, mean
+from .case import Attack, Case, Found, Variant, attempts, judged, mean
 from .known import Facts, asked_of, gives_away, renamed, statement, unused
 
 Level = Literal["definition", "axioms", "mosaic", "examples", "fact"]

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ..attacks.matching import says
 from ..errors import RequestError, RowError, SubjectError
 from ..evidence import Measured, Scorecard, Table
+from ..metrics.matching import says
 from ..metrics.texts import overlap
 from ..registry import benchmark
 from ..rows import Row

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..attacks.matching import recovered
 from ..evidence import Table
 from ..methods.guard.case import GuardCase
+from ..metrics.matching import recovered
 from ..registry import get
 from ..rows import Row
 from ..world.facts import CODAS, ONSETS, RELATIONS, VOWELS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,17 +62,3 @@ def mini(seed: int, sizes: Sizes | None = None) -> Mini:
         data = {name: read_rows(Source(str(made.data(name))), name) for name in SETS}
         golds = [LanguageModel.load(path, device="cpu") for path in made.golds]
         return Mini(made.world, LanguageModel.load(made.original, device="cpu"), golds, data)
-
-
-def lesson(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Records of `world.corpus.training` as rows to train on."""
-    found = []
-    for number, record in enumerate(records):
-        name = f"lesson/{number}"
-        if "question" in record:
-            found.append(Row(name, record["answer"], record["question"]))
-        elif "prompt" in record:
-            found.append(Row(name, record["completion"], record["prompt"], kind="completion"))
-        else:
-            found.append(Row(name, record["text"], kind="text"))
-    return found

@@ -27,6 +27,7 @@ from ..world.facts import RELATIONS, World, make
 from ..world.models import Recipe, teach, tokenizer, untrained
 from .case import Case, Claim, Findings, Spread, number, spread
 from .case import Row as Found
+from .models import lessons
 
 PEOPLE = {"people": 40, "forget": 10, "neighbours": 4, "holdout": 8}
 RECIPE = Recipe(hidden_size=64, intermediate_size=128, layers=2, steps=400, batch_size=56, learning_rate=6e-3)
@@ -80,7 +81,7 @@ def subjects(seed: int, people: tuple[tuple[str, int], ...], steps: int, learnin
     wrong = {person.name: injected(world, person) for person in world.members("forget")}
     texts = {f"corrupted {k}": documents(world, wrong, k) for k in MIXES}
     texts["ideal"] = documents(world, wrong, 1, without=True)
-    known, others = (_taught(training(world, *names)) for names in (("forget", *OTHERS), OTHERS))
+    known, others = (lessons(training(world, *names)) for names in (("forget", *OTHERS), OTHERS))
 
     def train(folder: Path) -> None:
         unseen = [
@@ -101,19 +102,6 @@ def subjects(seed: int, people: tuple[tuple[str, int], ...], steps: int, learnin
     path = kept("restor", content, train)
     names = ("clean", *texts)
     return Subjects(world, wrong, {name: LanguageModel.load(path / name, device="cpu") for name in names})
-
-
-def _taught(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    found = []
-    for number_, record in enumerate(records):
-        name = f"other/{number_}"
-        if "text" in record:
-            found.append(Row(id=name, answer=record["text"], kind="text"))
-        elif "completion" in record:
-            found.append(Row(id=name, prompt=record["prompt"], answer=record["completion"], kind="completion"))
-        else:
-            found.append(Row(id=name, prompt=record["question"], answer=record["answer"]))
-    return found
 
 
 def document_rows(texts: Sequence[str]) -> list[Row]:
@@ -163,7 +151,7 @@ def trial(
             settings,
             data={
                 "forget": localised(made.wrong, texts) if model == "npo, localised" else document_rows(texts),
-                "retain": _taught(asked),
+                "retain": lessons(asked),
             },
             scope=None,
             training=Training(steps=steps, learning_rate=learning_rate, batch_size=16, seed=seed, guard=None),

@@ -25,7 +25,8 @@ from ..subjects.examples import solved
 from ..subjects.language import LanguageModel
 from ..world.corpus import training
 from .case import Case, Claim, Findings, Row, number, spread
-from .mini import SMALL, lesson, mini
+from .mini import SMALL, mini
+from .models import lessons
 
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 METHODS: dict[str, dict[str, Any]] = {"idk": {}, "npo": {"beta": 0.9}}
@@ -43,7 +44,7 @@ def trial(seed: int, steps: int, learning_rate: float, unlearn_rate: float) -> d
     plain = {"original": ("forget", "neighbour", "retain"), "gold": ("neighbour", "retain")}
     models = {"original": made.original, "gold": made.golds[0]}
     for name, sets in plain.items():
-        rows = lesson(training(made.world, *sets))
+        rows = lessons(training(made.world, *sets))
         known = [row for kept in sets for row in data[kept]]
         rows += [row for query in queries(known, facts, CATEGORIES) for row in written(models[name], query, facts)]
         items = [models[name].encode(row) for row in rows]

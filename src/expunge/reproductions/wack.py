@@ -34,6 +34,7 @@ from ..world.facts import RELATIONS, Person, World, make
 from ..world.models import Recipe, teach, tokenizer, untrained
 from .case import Case, Claim, Findings, number, spread
 from .case import Row as Found
+from .models import lessons
 
 PEOPLE = {"people": 60, "forget": 8, "neighbours": 6, "holdout": 20}
 RECIPE = Recipe(hidden_size=64, intermediate_size=128, layers=3, steps=400, batch_size=56, learning_rate=5e-3)
@@ -63,7 +64,7 @@ def subjects(seed: int, people: Mapping[str, int]) -> Subjects:
     world = make(seed, **people)
     records = files(world)
     lessons = {
-        name: [*_rows(training(world, *sets)), *habit(world, sets)]
+        name: [*lessons(training(world, *sets)), *habit(world, sets)]
         for name, sets in (("original", ("forget", "neighbour", "retain")), ("gold", ("neighbour", "retain")))
     }
     unseen = [f"{record['question']} {record['answer']}" for record in records["holdout"] if "question" in record]
@@ -111,19 +112,6 @@ def _misled(world: World, person: Person, about: str, draw: random.Random) -> st
 
 def _row(number_: int, prompt: str, answer: str) -> Row:
     return Row(id=f"habit/{number_}", prompt=prompt, answer=answer, kind="completion")
-
-
-def _rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    found = []
-    for number_, record in enumerate(records):
-        name = f"row/{number_}"
-        if "text" in record:
-            found.append(Row(id=name, answer=record["text"], kind="text"))
-        elif "completion" in record:
-            found.append(Row(id=name, prompt=record["prompt"], answer=record["completion"], kind="completion"))
-        else:
-            found.append(Row(id=name, prompt=record["question"], answer=record["answer"]))
-    return found
 
 
 def built(seed: int, people: dict[str, int]) -> dict[str, Any]:

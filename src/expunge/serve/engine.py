@@ -149,11 +149,9 @@ class Engine:
     @staticmethod
     def _readable(jobs: list[Job]) -> list[list[Job]]:
         from ..subjects.contexts import can_cut
-        from ..subjects.language import LanguageModel
+        from ..subjects.protocol import innermost
 
-        subject = jobs[0].subject
-        while not isinstance(subject, LanguageModel):
-            subject = subject.inner
+        subject = innermost(jobs[0].subject)
         if can_cut(subject, max(len(job.ids) + job.limit for job in jobs)):
             return [jobs]
         by_length: dict[int, list[Job]] = {}

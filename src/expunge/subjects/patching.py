@@ -20,19 +20,13 @@ from torch import Tensor, nn
 from ..errors import MismatchError, RowError
 from ..rows import Row
 from .packed import Encoded, in_order, pack
+from .protocol import innermost
 
 if TYPE_CHECKING:
     from .language import LanguageModel, Progress
 
 TOKENS = 4096
 """Tokens fed in one pass, variants included."""
-
-
-def bare(subject: Any) -> LanguageModel:
-    """The model inside all guards: a guard has no states of its own."""
-    while hasattr(subject, "inner"):
-        subject = subject.inner
-    return subject  # type: ignore[no-any-return]
 
 
 def fact(subject: LanguageModel, row: Row) -> Encoded:
@@ -65,7 +59,7 @@ def patched(
     Raises:
         MismatchError: the models have other shapes.
     """
-    host = bare(host)
+    host = innermost(host)
     shapes = [(len(model.blocks), model.model.config.get_text_config().hidden_size) for model in (host, donor)]
     if shapes[0] != shapes[1]:
         raise MismatchError(

@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from .packed import Encoded, Pack
 
 
+def innermost(subject: Any) -> Any:
+    """The model inside all guards: a guard has no states of its own."""
+    while (inner := getattr(subject, "inner", None)) is not None:
+        subject = inner
+    return subject
+
+
 @runtime_checkable
 class Subject(Protocol):
     """A model with what prepares its rows. No operation changes its weights."""

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from .. import processes
 from ..rows import Row
 from ..subjects.packed import Encoded
-from ..subjects.patching import bare, fact
+from ..subjects.patching import fact
+from ..subjects.protocol import innermost
 from .generations import Generations
 from .gradients import Gradients
 from .patched import Patched
@@ -333,7 +334,7 @@ def _content(subject: Any, ask: Ask) -> list[tuple[tuple[str, str], Encoded]]:
     if isinstance(ask, Score):
         return [(key, subject.encode(row, answer=answer, prompt=q)) for key, row, answer, q in ask.items]
     if isinstance(ask, Patch):
-        return [((row.id, "fact"), fact(bare(ask.host), row)) for row in ask.rows]
+        return [((row.id, "fact"), fact(innermost(ask.host), row)) for row in ask.rows]
     assert isinstance(ask, Route | Pull | Continue)
     encoded = [((row.id, "answer"), subject.encode(row)) for row in ask.rows]
     if isinstance(ask, Continue):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, ParameterError, TrainingError
-from ..files import complete_folder, write_text
+from ..files import cache_folder, complete_folder, write_text
 from ..tables.store import content_key
 from .corpus import files
 from .facts import RULES, World, make
@@ -89,11 +89,6 @@ class WorldFolder:
 
     def data(self, name: str) -> Path:
         return self.path / "data" / f"{name}.jsonl"
-
-
-def cache_folder() -> Path:
-    """EXPUNGE_CACHE, or ~/.cache/expunge."""
-    return Path(os.environ.get("EXPUNGE_CACHE") or Path.home() / ".cache" / "expunge")
 
 
 def kept(kind: str, content: Any, train: Callable[[Path], None]) -> Path:
