@@ -66,10 +66,19 @@ def test_both_reports_name_every_attack_that_spoke(evidence: tuple[Evidence, Pat
             assert label(run.attack) in text or run.attack in text, run.attack
 
 
-def test_what_a_prompt_gives_back_asks_for_a_filter(evidence: tuple[Evidence, Path]) -> None:
-    made, _ = evidence
+def test_what_a_prompt_gives_back_asks_for_a_filter(
+    evidence: tuple[Evidence, Path], tiny_world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = evidence
     scored: list[ProbeRun] = [
         run for run in made.runs["after"] if run.group == "reintroduce" and run.status == "scored" and run.items
     ]
-    high = any(run.score >= 0.5 for run in scored if run.settings.get("level") != "fact")
-    assert ("needs_filter" in made.verdict.flags) == high
+    rates = [run.score for run in scored if run.settings.get("level") != "fact"]
+    assert ("needs_filter" in made.verdict.flags) == any(rate >= 0.5 for rate in rates)
+    # The same answers, held against a bar that they pass.
+    assert max(rates) > 0.1
+    monkeypatch.setattr("expunge.limits.REINTRODUCED", 0.1)
+    monkeypatch.setenv("EXPUNGE_LEDGER", str(out.parent / "ledger.sqlite"))
+    changes = {"audit.attacks": ["direct", "ununlearning"], "audit.metrics": [], "audit.self_test": False}
+    lower = audit_model(tiny_world.original, request=load(tiny_world.request, changes), out=out.parent / "lower")
+    assert "needs_filter" in lower.verdict.flags
