@@ -27,7 +27,7 @@ slow: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 from npo_reference import SHAPES
@@ -63,7 +64,7 @@ def main() -> None:
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, config.vocab_size, (count,), generator=draw).tolist())
 
-    items = {}
+    items: dict[str, list[Any]] = {}
     for name, several in sets.items():
         items[name] = []
         for row in several:  # lengths of TOFU's rows without a system prompt

@@ -129,7 +129,7 @@ def peer(checkout: Path, model: Any, before: list[str]) -> Callable[[list[Any]],
         sys.modules["datasets"] = stub
     with contextlib.chdir(checkout):  # it reads globals.yml from where it is started
         rome = importlib.import_module("easyeditor.models.rome.rome_main")
-    rome.CONTEXT_TEMPLATES_CACHE = ["{}", *(text + "{}" for text in before)]
+    vars(rome)["CONTEXT_TEMPLATES_CACHE"] = ["{}", *(text + "{}" for text in before)]
     settings = SimpleNamespace(
         layers=[LAYER],
         fact_token="subject_last",

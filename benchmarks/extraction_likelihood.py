@@ -59,7 +59,8 @@ def separate(subject: LanguageModel, texts: list[tuple[int, ...]]) -> list[list[
     batch = torch.tensor(texts)
     found = []
     for t in range(1, TOKENS):
-        cache, tokens, written = DynamicCache(), batch[:, :t], []
+        written: list[torch.Tensor] = []
+        cache, tokens = DynamicCache(), batch[:, :t]
         while len(written) < TOKENS - t:
             logits = subject.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             tokens = logits[:, -1:].argmax(-1)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from expunge import registry
-from expunge.attacks.matching import recovered
 from expunge.methods.guard.case import GuardCase
+from expunge.metrics.matching import recovered
 from expunge.rows import Row
 from expunge.world.build import build
 from expunge.world.facts import CODAS, ONSETS, VOWELS

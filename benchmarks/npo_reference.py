@@ -100,6 +100,7 @@ def child(shape: str, scope: str, variant: str, steps: int, retain: str) -> None
         return -losses.sum(-1)
 
     def usual(_: int) -> None:
+        assert reference is not None
         policy = sums(model, drawn.rows["forget"])
         with torch.no_grad():
             start = sums(reference, drawn.rows["forget"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from peer_steps import _stub
 
-SUITES = {
+SUITES: dict[str, tuple[str, ...]] = {
     "tofu": ("forget_Truth_Ratio", "forget_quality", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "model_utility"),
 }
 SUITES["all"] = (
@@ -85,7 +85,7 @@ def load(checkout: Path, folder: Path) -> Any:
     def local(path: str, name: str, split: str) -> Any:
         return datasets.load_dataset("json", data_files=str(folder / f"{name}.json"), split=split)
 
-    importlib.import_module("data.qa").load_hf_dataset = local
+    vars(importlib.import_module("data.qa"))["load_hf_dataset"] = local
     return importlib.import_module("evals.tofu").TOFUEvaluator
 
 

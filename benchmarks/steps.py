@@ -269,7 +269,7 @@ def products(case: Case) -> dict[str, Any]:
     for name, (n, k, m) in shapes.items():
         left = torch.randn(n, k, device=case.device).to(dtype)
         right = torch.randn(m, k, device=case.device).to(dtype)
-        times = []
+        times: list[float] = []
         until = time.perf_counter() + 1.0
         while time.perf_counter() < until or len(times) < 5:
             if case.device == "cuda":

@@ -59,7 +59,7 @@ GOLD = ("gradients",)
 """Tables of gold, beside its scores, that are there before the clock starts."""
 STEPS = 80
 """Of training; gold gets three quarters of them."""
-PAIRS = {
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "forget_truth_ratio": ("truth_ratio", {"rows": "forget"}),
     "forget_quality": ("forget_quality", {"permutations": 100}),
     "forget_Q_A_Prob": ("answer_probability", {"rows": "forget"}),
@@ -183,8 +183,8 @@ def rows(folder: Path, count: int, data: Path | None) -> None:
     sizes = {"forget": count, "retain": count, "holdout": count}
     sizes |= {"real_authors": max(2, count // 4), "world_facts": max(2, count * 117 // 400)}
     for name, config in SETS.items():
-        known = data is not None and name in SAMPLES
-        pairs = published(data, name, sizes[name]) if known else list(invented(sizes[name], name, "_" in name))
+        known = data if name in SAMPLES else None
+        pairs = published(known, name, sizes[name]) if known else list(invented(sizes[name], name, "_" in name))
         pool = sorted({word for _, answer in pairs for word in answer.split() if len(word) > 3})
         draw = random.Random(f"{name} wrong")
         lines = []
@@ -317,7 +317,7 @@ def ours(case: Case) -> dict[str, Any]:
     store = Store(folder / f"tables-{case.dtype}")
     gold = ask_all(reference, data_of(folder / "rows"), 0, store, more=GOLD, name="gold")
     names = TOFU if case.suite == "tofu" else tuple(PAIRS)
-    asked = [PAIRS[name] for name in names] + ([("extraction_likelihood", {})] if case.more else [])
+    asked: list[Any] = [PAIRS[name] for name in names] + ([("extraction_likelihood", {})] if case.more else [])
     marks = [("start", *clock())]
     data = data_of(folder / "rows")
     if case.suite == "tofu":
