@@ -68,7 +68,7 @@ def test_one_seed_draws_one_plan(subject):
     assert plan(3) != plan(4)
 
 
-def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out=(), **settings):
+def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out=(), after=None, **settings):
     """A short NPO run on a copy; returns the copy and its log."""
     working = subject.copy()
     parameters = list(working.model.parameters()) if scope is None else scope(working.model)
@@ -90,7 +90,7 @@ def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out
         working,
         parameters,
         drawn,
-        Recipe(npo, ("forget", "retain")),
+        Recipe(npo, ("forget", "retain"), after=after),
         training,
         held_out=held_out,
         checkpoint=checkpoint,
@@ -125,6 +125,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_bitwise(subject, tmp
     assert same(whole, resumed)
     assert again.loss == log.loss
     assert again.guard == log.guard
+
+
+def test_what_is_called_after_a_step_moves_weights_and_keeps_tensors_over_a_stop(subject, tmp_path):
+    rates = []
+
+    def halve(turn, moved):
+        rates.append(turn.learning_rate)
+        average = turn.kept.setdefault("average", [m.clone() for m in moved])
+        for sum_, m in zip(average, moved):
+            sum_.lerp_(m, 0.5)
+            m.copy_(sum_)
+
+    plain, _ = run(subject)
+    whole, log = run(subject, after=halve, schedule="linear")
+    assert rates == pytest.approx([1e-3 * (1 - i / 6) for i in range(6)])
+    assert not same(plain, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(subject, after=halve, schedule="linear", checkpoint=tmp_path / "checkpoint", stop_at=3)
+    resumed, again = run(subject, after=halve, schedule="linear", checkpoint=tmp_path / "checkpoint")
+    assert same(whole, resumed)
+    assert again.loss == log.loss
 
 
 def test_a_checkpoint_of_another_run_is_not_used(subject, tmp_path):

@@ -198,6 +198,8 @@ class Recipe:
     taps: Taps = field(default_factory=Taps)
     around: Callable[[Turn], Tensor] | None = None
     """Takes the step's gradients in another way than one backward pass of `loss`."""
+    after: Callable[[Turn, Sequence[Tensor]], None] | None = None
+    """Called when the optimiser has made its step, with what it moves; may move it further, in place."""
     inner: Loss | None = None
     given: dict[str, Any] = field(default_factory=dict)
 
@@ -218,6 +220,10 @@ class Turn:
     micro_tokens: int = 16384
     processes: int = 1
     rank: int = 0
+    learning_rate: float = 0.0
+    """Of this step."""
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Tensors, one beside each that the optimiser moves, that go on from step to step; part of every checkpoint."""
     seen: dict[str, Side] = field(default_factory=dict)
     """The sides of the last passes, for the log."""
     shift: tuple[int, Tensor] | None = None
@@ -588,12 +594,13 @@ def _train(
     optimiser = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     log, first = Log(), 0
     best: list[Tensor] | None = None
+    kept: dict[str, list[Tensor]] = {}
     outside = 0
     began = time.monotonic()
     if checkpoint is not None:
         resumed = _resume(checkpoint, key, parameters, masters, optimiser)
         if resumed is not None:
-            first, log, best, outside = resumed
+            first, log, best, kept, outside = resumed
             _write_back(parameters, masters)
     if first == 0 and processes.sharding() and not subject.sharded:
         log.warnings.append("FSDP had nothing to cut: no whole tensor or adapter of a block moves in this scope")
@@ -623,6 +630,8 @@ def _train(
                 training.micro_tokens,
                 processes.count(),
                 processes.rank(),
+                learning_rate=optimiser.param_groups[0]["lr"],
+                kept=kept,
             )
             value = turn.backward() if recipe.around is None else recipe.around(turn)
             if not torch.isfinite(value):
@@ -638,6 +647,9 @@ def _train(
                     master.grad = None if parameter.grad is None else local(parameter.grad).float()
             torch.nn.utils.clip_grads_with_norm_(masters, training.max_grad_norm or math.inf, total_norm)
             optimiser.step()
+            if recipe.after is not None:
+                with torch.no_grad():
+                    recipe.after(turn, masters)
             for parameter, master in zip(parameters, masters):
                 parameter.grad = master.grad = None
             _write_back(parameters, masters)
@@ -663,12 +675,12 @@ def _train(
                 progress(index, total)
             log.seconds = before + time.monotonic() - began
             if checkpoint is not None and _due(saved, training, subject):
-                _save(checkpoint, key, index, log, parameters, masters, optimiser, best, outside)
+                _save(checkpoint, key, index, log, parameters, masters, optimiser, best, kept, outside)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         # Parts of weights cannot be put together any more: other processes are elsewhere.
         if checkpoint is not None and first < index and not subject.sharded:
-            _save(checkpoint, key, index, log, parameters, masters, optimiser, best, outside)
+            _save(checkpoint, key, index, log, parameters, masters, optimiser, best, kept, outside)
         raise
     if log.stopped_by_guard and best is not None:
         with torch.no_grad():
@@ -728,6 +740,7 @@ def _save(
     masters: Sequence[nn.Parameter],
     optimiser: torch.optim.Optimizer,
     best: list[Tensor] | None,
+    kept: dict[str, list[Tensor]],
     outside: int,
 ) -> None:
     """Written by the first process. Tensors are whole, so that a run may go on with another number of processes."""
@@ -747,6 +760,8 @@ def _save(
                 tensors[f"{name}.{i}"] = state.detach()
         if best is not None:
             put(f"best.{i}", parameter, best[i])
+        for name, beside in kept.items():
+            put(f"kept.{name}.{i}", parameter, beside[i])
     if not processes.first():
         return
     with complete_folder(folder) as partial:
@@ -761,7 +776,7 @@ def _resume(
     parameters: Sequence[nn.Parameter],
     masters: Sequence[nn.Parameter],
     optimiser: torch.optim.Optimizer,
-) -> tuple[int, Log, list[Tensor] | None, int] | None:
+) -> tuple[int, Log, list[Tensor] | None, dict[str, list[Tensor]], int] | None:
     from safetensors import safe_open
 
     def read() -> Any:
@@ -772,6 +787,7 @@ def _resume(
     if state is None or state["key"] != key:
         return None
     best: list[Tensor] | None = None
+    kept: dict[str, list[Tensor]] = {}
     with torch.no_grad(), safe_open(folder / "tensors.safetensors", "pt") as file:
         names = set(file.keys())
 
@@ -788,9 +804,11 @@ def _resume(
                 }
         if "best.0" in names:
             best = [part(f"best.{i}", parameter).clone() for i, parameter in enumerate(parameters)]
+        for beside in sorted({name.split(".")[1] for name in names if name.startswith("kept.")}):
+            kept[beside] = [part(f"kept.{beside}.{i}", parameter).clone() for i, parameter in enumerate(parameters)]
     log = Log(**state["log"])
     log.guard = [(int(step), float(value)) for step, value in log.guard]
-    return int(state["step"]), log, best, int(state["outside"])
+    return int(state["step"]), log, best, kept, int(state["outside"])
 
 
 # --- plain training ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ...subjects.language import LanguageModel, Progress, Taps
 from ...subjects.packed import Encoded
 from ...tables.store import content_key
 from . import columns, fila, slices
-from .loop import Drawn, Recipe, Training, activations, draw, entries, references, train
+from .loop import Drawn, Recipe, Training, Turn, activations, draw, entries, references, train
 from .scope import PRINCIPAL, LoraSpec, Resolved, resolve
 from .terms import Step
 
@@ -63,6 +63,12 @@ class Preparation:
     """What objectives find in `step.given`."""
     looked: list[Encoded] = field(default_factory=list)
     """Rows that ran, or would run, through the blocks of the start model for this; plans count them."""
+    around: Callable[[Turn], Tensor] | None = None
+    """Takes each step's gradients in the objective's place (`Recipe.around`), of a method that is around no other."""
+    after: Callable[[Turn, Sequence[Tensor]], None] | None = None
+    """Called after each step of the optimiser (`Recipe.after`)."""
+    trained: Callable[[LanguageModel], Mapping[str, Any]] | None = None
+    """What the trained copy shows, for the summary."""
     summary: dict[str, Any] = field(default_factory=dict)
     """Plain values for the report."""
     warnings: list[str] = field(default_factory=list)
@@ -133,6 +139,8 @@ def unlearn(
         evaluate=None if evaluate is None else lambda step: evaluate(working, step),
         progress=progress,
     )
+    if case.trained is not None:
+        case.summary |= case.trained(working)
     tokens, answers = drawn.tokens
     share = len(log.loss) / max(1, len(drawn.steps))
     summary = {
@@ -276,6 +284,8 @@ def _recipe(setup: Setup) -> Recipe:
         retain=retain if splits else None,
         taps=case.taps,
         given=case.given,
+        around=case.around,
+        after=case.after,
     )
     if len(chain) == 1:
         return recipe
