@@ -68,7 +68,7 @@ class Answers:
     written: list[str]
     """Per question what it wrote by itself; "" where it was not asked to (locality)."""
     entropy: list[float]
-    """Per edit, of a sampled continuation."""
+    """Per edit, of sampled continuations."""
 
 
 def questions(edits: Sequence[EditRow]) -> list[Question]:
@@ -116,9 +116,14 @@ def ask(
         written[i] = texts[0]
     entropy = []
     if fluency:
-        about = [((edit.id, "fluency"), subject.prompt_text(edit.row())) for edit in edits]
-        said = subject.generate(about, max_new_tokens=fluency, temperature=1.0, seed=seed)
-        entropy = [text_entropy(texts[0]) for texts in said.texts]
+        started = [edit.generation or (edit.prompt,) for edit in edits]
+        about = [
+            ((edit.id, f"fluency {i}"), subject.prompt_text(edit.row(text)))
+            for edit, several in zip(edits, started)
+            for i, text in enumerate(several)
+        ]
+        said = iter(subject.generate(about, max_new_tokens=fluency, temperature=1.0, seed=seed).texts)
+        entropy = [float(np.mean([text_entropy(next(said)[0]) for _ in several])) for several in started]
     return Answers(chosen, accuracy, written, entropy)
 
 

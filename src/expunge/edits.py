@@ -1,6 +1,7 @@
 """Edit rows: one fact that a model is to state differently, with what must follow from it and what must stay.
 
-Read like all rows (jsonl, json, csv, parquet, folder, hub id), in our names or in those of EasyEdit and KnowEdit:
+Read like all rows (jsonl, json, csv, parquet, folder, hub id), in our names, in those of EasyEdit and KnowEdit, or in
+another published form (edit_formats.py):
 
     {"subject": "Orin Valk", "prompt": "Orin Valk was born in", "target_new": "Maretta", "ground_truth": "Tolsk",
      "rephrase_prompt": ["The birthplace of Orin Valk is"],
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .edit_formats import unnested
 from .errors import RowError, suggest
 from .rows import Row, Source, column_of, parsed, records, shown
 
@@ -29,6 +31,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "rephrasings": ("rephrasings", "rephrase_prompt", "rephrase"),
     "locality": ("locality",),
     "portability": ("portability",),
+    "generation": ("generation", "generation_prompts"),
     "kind": ("kind",),
 }
 """Our names, and the column names that are taken for them without a mapping."""
@@ -69,6 +72,8 @@ class EditRow:
     """completion: texts stand as they are; qa, instruction: as in `Row`."""
     source: str = ""
     """file:row, for error messages."""
+    generation: tuple[str, ...] = ()
+    """What the model goes on from when its fluency is measured; without any the prompt."""
 
     def row(self, prompt: str | None = None, answer: str | None = None, *, preface: str = "") -> Row:
         """A row about this edit that a model can be asked or taught; by default the edit's own prompt and target."""
@@ -83,11 +88,12 @@ class EditRow:
         )
 
 
-def read_edits(source: Source, name: str = "edits") -> list[EditRow]:
+def read_edits(source: Source, name: str = "edits", *, targets: bool = True) -> list[EditRow]:
     """All edits of a file, folder or hub id, in order.
 
     Args:
         name: rows without an id are called `name/1`, `name/2` ...
+        targets: rows say what the model is to state; without, they may be facts that nobody edits.
 
     Raises:
         RowError: the source cannot be read, or a row is not what it must be.
@@ -98,7 +104,8 @@ def read_edits(source: Source, name: str = "edits") -> list[EditRow]:
     edits: list[EditRow] = []
     first: dict[str, str] = {}
     for where, record in records(source):
-        edit = edit_row(record, where, fields=source.fields, fallback=f"{name}/{len(edits) + 1}")
+        fallback = f"{name}/{len(edits) + 1}"
+        edit = edit_row(record, where, fields=source.fields, fallback=fallback, targets=targets)
         if edit.id in first:
             raise RowError(f"{where}: id {edit.id!r} was used in {first[edit.id]} already; ids must be unique")
         first[edit.id] = where
@@ -109,19 +116,30 @@ def read_edits(source: Source, name: str = "edits") -> list[EditRow]:
 
 
 def edit_row(
-    record: Mapping[str, Any], where: str, *, fields: Mapping[str, str] | None = None, fallback: str
+    record: Mapping[str, Any],
+    where: str,
+    *,
+    fields: Mapping[str, str] | None = None,
+    fallback: str,
+    targets: bool = True,
 ) -> EditRow:
     """One record as an edit.
+
+    Args:
+        fields: our names to the record's.
+        fallback: its id, if it brings none.
+        targets: a record must have a `target_new`, if an empty one.
 
     Raises:
         RowError: a field is missing or holds something else than it must; begins with `where`.
     """
+    record = unnested(record, where)
     names = {ours: column_of(KNOWN, ours, record, fields or {}, where) for ours in KNOWN}
     given = {ours: record[name] for ours, name in names.items() if name is not None and not _empty(record[name])}
     if "prompt" not in given:
         found = ", ".join(map(str, record)) or "none"
         raise RowError(f"{where}: field 'prompt' is missing; found the fields {found}")
-    if names["target_new"] is None:
+    if targets and names["target_new"] is None:
         raise RowError(f"{where}: field 'target_new' is missing; leave it empty to have the fact deleted")
 
     def texts(ours: str) -> tuple[str, ...]:
@@ -157,6 +175,7 @@ def edit_row(
         portability=_probes(where, "portability", given.get("portability", {}), subject),
         kind=kind,  # type: ignore[arg-type]
         source=where,
+        generation=tuple(text.replace("{}", subject) for text in texts("generation")),
     )
 
 
