@@ -13,12 +13,14 @@ import torch
 from ... import registry
 from ...deltas import Delta
 from ...edits import KINDS, EditRow
-from ...errors import ParameterError, RequestError, RowError
+from ...errors import ParameterError, RequestError, RowError, ScopeError
 from ...rows import Row
 from ...subjects.language import LanguageModel
 from ...subjects.moments import Moment, encoded, moments
+from ...subjects.packed import Encoded
 from ..optimise.loop import Training
 from ..optimise.reinforce import REINFORCE
+from ..optimise.scope import Resolved, resolve
 from ..optimise.terms import Objective
 from ..optimise.unlearn import Outcome, refusals, unlearn
 
@@ -63,6 +65,28 @@ class EditCase:
     def base(self) -> LanguageModel:
         """What deltas are made over."""
         return self.origin or self.subject
+
+    def tensors(self, method: str) -> Resolved:
+        """The scope, by default everything, of a method that changes whole tensors.
+
+        Raises:
+            ScopeError: it is made of adapters, experts or columns.
+        """
+        scope = resolve("all" if self.scope is None else self.scope, self.subject.model)
+        if scope.lora is not None or scope.slices or scope.columns:
+            raise ScopeError(f"{method}: scope {scope.form!r} is not made of whole tensors, expected e.g. role:mlp_out")
+        return scope
+
+    def encoded(self, rows: str, method: str, why: str = "at least 1") -> list[Encoded]:
+        """A row set as tokens.
+
+        Raises:
+            RequestError: it is empty; `why` says what the method needs.
+            RowError: a row does not fit the model.
+        """
+        if not self.data.get(rows):
+            raise RequestError(f"request.data.{rows}: 0 rows, but {method} needs {why}")
+        return [self.subject.encode(row) for row in self.data[rows]]
 
     def facts(self) -> list[EditRow]:
         """The edits, or the forget rows as facts to be deleted; what has no new target gets a refusal, by the seed.

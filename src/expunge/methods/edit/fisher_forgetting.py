@@ -9,10 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ...deltas import Delta
-from ...errors import RequestError
 from ...registry import edit
 from ..optimise.importance import importance
-from ..optimise.scope import resolve
 from .case import Edit, EditCase
 
 FLOOR, CAP = 1e-8, 1e3
@@ -34,15 +32,9 @@ def fisher_forgetting(case: EditCase, *, alpha: Annotated[float, Field(ge=0)] = 
     all classes that published code takes, at a K-th of its cost. Without that code's special treatment of the last
     layer and of the forgotten class, which needs to know which one it is.
     """
-    retain = case.data.get("retain", [])
-    if not retain:
-        raise RequestError("request.data.retain: 0 rows, but fisher_forgetting needs at least 1")
-    scope = resolve("all" if case.scope is None else case.scope, case.subject.model)
-    if scope.lora is not None or scope.slices or scope.columns:
-        raise RequestError(f"fisher_forgetting: scope {scope.form!r} is not made of whole tensors, expected e.g. all")
-    names = [name for name, _ in scope.parameters]
+    rows = case.encoded("retain", "fisher_forgetting")
+    names = [name for name, _ in case.tensors("fisher_forgetting").parameters]
     generator = torch.Generator().manual_seed(case.seed)
-    rows = [case.subject.encode(row) for row in retain]
     fisher = importance(case.subject, rows, names, kind="sampled", batch_size=1, generator=generator)
     entries = {}
     for name in names:

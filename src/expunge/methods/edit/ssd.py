@@ -25,7 +25,6 @@ from ...errors import ParameterError, RequestError
 from ...registry import edit
 from ...subjects.packed import Encoded
 from ..optimise.importance import importance as weigh
-from ..optimise.scope import resolve
 from .case import Edit, EditCase
 
 
@@ -58,22 +57,16 @@ def ssd(
     begins at a 25th of the share and raises it by `growth` until accuracy on forget rows is at most `rho` of what it
     was. `per: row` is the exact Fisher diagonal, `retained_only` takes retain rows alone for I_D.
     """
-    forget, retain = (case.data.get(name, []) for name in ("forget", "retain"))
-    if not forget:
-        raise RequestError("request.data.forget: 0 rows, but ssd needs at least 1")
-    if not retain:
-        raise RequestError("request.data.retain: 0 rows, but ssd needs the rows the model was trained on and keeps")
-    share = len(forget) / (len(forget) + len(retain))
+    forgotten = case.encoded("forget", "ssd")
+    kept = case.encoded("retain", "ssd", "the rows the model was trained on and keeps")
+    share = len(forgotten) / (len(forgotten) + len(kept))
     if per == "row" and not retained_only and isinstance(alpha, float) and alpha >= 1 / share:
         raise ParameterError(
             f"ssd: alpha is {alpha:g}, but with per = row no ratio exceeds all rows / forget rows = {1 / share:.3g}, "
             "so nothing would change; choose a smaller alpha"
         )
-    scope = resolve("all" if case.scope is None else case.scope, case.subject.model)
-    if scope.lora is not None or scope.slices or scope.columns:
-        raise RequestError(f"ssd: scope {scope.form!r} is not made of whole tensors, expected e.g. all or role:mlp_out")
+    scope = case.tensors("ssd")
     names = [name for name, _ in scope.parameters]
-    forgotten, kept = ([case.subject.encode(row) for row in rows] for rows in (forget, retain))
     # Shuffled: what a batch's mean gradient is depends on who stands beside whom.
     order = torch.Generator().manual_seed(case.seed)
 
