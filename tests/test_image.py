@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from expunge import forget, registry
@@ -123,11 +124,40 @@ def test_blocks_and_roles_are_those_of_the_structure(rows):
         assert moved
         assert all(name.startswith(structure(model.model).blocks[-1].name + ".") for name in moved)
     with pytest.raises(ScopeError, match="no attention_qkv"):
-        unlearn(vit, part, {}, scope="role:attention_qkv", data=sets(rows), training=SHORT)
+        unlearn(net, part, {}, scope="role:attention_qkv", data=sets(rows), training=SHORT)
+    moved = unlearn(vit, part, {}, scope="role:mlp_out@1", data=sets(rows), training=SHORT).delta.entries
+    assert set(moved) == {"vit.layers.1.mlp.fc2.weight", "vit.layers.1.mlp.fc2.bias"}
     pack_ = pack([vit.encode(row) for row in rows[:2]])
     assert vit.states(pack_, Taps(layers=(1,)))["layer.1"].shape == (2, 8)
     with pytest.raises(SubjectError, match="blocks 0-3, there is no block 9"):
         vit.states(pack_, Taps(layers=(9,)))
+
+
+@pytest.mark.parametrize(
+    ("family", "inside", "outside", "attention"),
+    [
+        ("ViT", "mlp.fc1", "mlp.fc2", 4),
+        ("Dinov2", "mlp.fc1", "mlp.fc2", 4),
+        ("Data2VecVision", "intermediate.dense", "output.dense", 4),
+        ("CLIP", "mlp.fc1", "mlp.fc2", 4),
+    ],
+)
+def test_blocks_of_vision_transformers_have_a_decoders_roles(family, inside, outside, attention):
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    size |= {"image_size": 8, "patch_size": 4}
+    config = getattr(transformers, f"{family}Config")
+    made = config(vision_config=size, bos_token_id=0, eos_token_id=1) if family == "CLIP" else config(**size)
+    found = structure(getattr(transformers, f"{family}ForImageClassification")(made))
+    assert len(found.blocks) == 2
+
+    def owners(role):
+        return {name.removeprefix(found.blocks[i].name + ".").rpartition(".")[0] for i, name in found.roles[role]}
+
+    assert owners("mlp_in") == {inside}
+    assert owners("mlp_out") == {outside}
+    assert len(owners("attention_qkv") | owners("attention_out")) == attention
+    assert all(found.roles[role] for role in ("norm", "head", "other"))
+    assert not found.roles["router"]
 
 
 def test_training_learns_statistics_and_the_delta_carries_them(rows):

@@ -8,11 +8,13 @@
   lead in, the gate is the one whose output meets an activation first.
 
 The trace works without weights (meta device); where a pass cannot be finished there (experts choose their tokens by
-value) what was seen until then is enough.
+value) what was seen until then is enough. Of a model that is no decoder the first block is traced alone, on a few rows
+of the residual stream's width: vision transformers have a decoder's roles, a convolution has blocks and a head.
 """
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -62,11 +64,11 @@ class Structure:
     """What scopes know of any model: where its blocks are, and which parameters have a role."""
 
     blocks: tuple[Block, ...]
-    """Of a model that is no decoder they have names only."""
+    """Where they are no transformer's they have names only."""
     roles: dict[str, list[Place]]
     """Role to parameters: embedding, lm_head, final_norm, attention_qkv, attention_out, mlp_in, mlp_gate, mlp_out,
-    router, experts, norm, other (position embeddings, projections outside the blocks). Of a model that is no decoder:
-    head (its last linear layer) and other."""
+    router, experts, norm, other (position embeddings, projections outside the blocks). A model that is no decoder has
+    those of its blocks, head (its last linear layer) and other."""
 
     def layer(self, parameter: str) -> int | None:
         """The block a parameter stands in; None outside all of them."""
@@ -85,26 +87,37 @@ class Anatomy(Structure):
 
 
 def structure(model: nn.Module) -> Structure:
-    """A decoder's anatomy; of any other model its blocks (the largest list of alike modules) and its head.
+    """A decoder's anatomy; of any other model its blocks (the largest list of alike modules), what is in them where
+    they are a transformer's, and its head.
 
     Raises:
         SubjectError: it looks like a decoder and cannot be taken apart.
     """
     if _part(model, "get_output_embeddings") is not None:
         return anatomy(model)
-    found = _block_list(model)
-    path, modules = found or ("", [])
-    named = [f"{path}.{i}" for i in range(len(modules))]
+    if model not in _others:
+        _others[model] = _structure(model)
+    return _others[model]
+
+
+def _structure(model: nn.Module) -> Structure:
+    path, modules = _block_list(model) or ("", [])
+    seen = _alone(model, modules[0]) if modules else _Seen()
+    # Attention may be a module within one that holds the way out of it as well.
+    inside = None if seen.attention is None else seen.attention.partition(".")[0]
     blocks = tuple(
-        Block(i, name, m, (), (), (), (), (), (), (), (), 0) for i, (name, m) in enumerate(zip(named, modules))
+        _block(i, f"{path}.{i}", m, inside, seen)
+        if inside
+        else Block(i, f"{path}.{i}", m, (), (), (), (), (), (), (), (), 0)
+        for i, m in enumerate(modules)
     )
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    roles: dict[str, list[Place]] = {role: [] for role in ROLES}
+    roles: dict[str, list[Place]] = {role: [] for role in ROLES} | _inside(blocks)
     every = [name for name, _ in model.named_parameters()]
     roles["head"] = [(None, name) for name in every if linear and name.rpartition(".")[0] == linear[-1]]
-    inside = tuple(f"{name}." for name in named)
+    within = tuple(f"{block.name}." for block in blocks)
     roles["other"] = [
-        (None, name) for name in every if not name.startswith(inside) and (None, name) not in roles["head"]
+        (None, name) for name in every if not name.startswith(within) and (None, name) not in roles["head"]
     ]
     return Structure(blocks, roles)
 
@@ -115,6 +128,7 @@ ROLES = (
 )
 
 _known: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+_others: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -148,17 +162,7 @@ def _anatomy(model: nn.Module) -> Anatomy:
         "lm_head": _parameters(None, *head),
         "final_norm": _parameters(None, *norm) if norm else [],
     }
-    for role, attribute in (
-        ("attention_qkv", "qkv"),
-        ("attention_out", "attention_out"),
-        ("mlp_in", "mlp_in"),
-        ("mlp_gate", "mlp_gate"),
-        ("mlp_out", "mlp_out"),
-        ("router", "router"),
-        ("experts", "experts"),
-        ("norm", "norm"),
-    ):
-        roles[role] = [(block.index, name) for block in blocks for name in getattr(block, attribute)]
+    roles |= _inside(blocks)
     named = {name for places in roles.values() for _, name in places}
     roles["other"] = [(None, name) for name, _ in model.named_parameters() if name not in named]
     taken = getattr(head[1], "in_features", None)
@@ -173,6 +177,15 @@ def _anatomy(model: nn.Module) -> Anatomy:
         None,
     )
     return Anatomy(blocks, roles, embedding, norm, head, narrowing)
+
+
+def _inside(blocks: Iterable[Block]) -> dict[str, list[Place]]:
+    """The roles that stand in blocks."""
+    attributes = {role: role for role in ("attention_out", "mlp_in", "mlp_gate", "mlp_out", "router", "experts", "norm")}
+    return {
+        role: [(block.index, name) for block in blocks for name in getattr(block, attribute)]
+        for role, attribute in {"attention_qkv": "qkv", **attributes}.items()
+    }
 
 
 def _part(model: nn.Module, getter: str) -> tuple[str, nn.Module] | None:
@@ -266,6 +279,29 @@ _LAYOUT = {"view", "reshape", "transpose", "permute", "chunk", "split", "size", 
 
 def _trace(model: nn.Module, block: nn.Module) -> _Seen:
     """Run a few tokens and look at the first block."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
+    # With a mask given nothing looks into positions for packed rows, which it could not without weights.
+    run = lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)  # noqa: E731
+    # Without weights, routing by value cannot run; attention comes before it.
+    return _watched(model, block, run, unfinished=device.type == "meta")
+
+
+def _alone(model: nn.Module, block: nn.Module) -> _Seen:
+    """Run a block alone on a few rows; what it is not made for, it does not finish."""
+    own = dict(block.named_parameters())
+    if not any(p.dim() == 2 for p in own.values()):
+        return _Seen()
+    weight = next(iter(own.values()))
+    rows = torch.zeros(1, TOKENS, _width(block, own, list(own)), device=weight.device, dtype=weight.dtype)
+    # Masks that must be given may be None.
+    wanted = list(inspect.signature(block.forward).parameters.values())[1:]
+    masks = {p.name: None for p in wanted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return _watched(model, block, lambda: block(rows, **masks), unfinished=True)
+
+
+def _watched(model: nn.Module, block: nn.Module, run: Callable[[], Any], *, unfinished: bool) -> _Seen:
+    """What happens inside the block while `run` runs; `unfinished` ones count for what was seen until then."""
     seen, stack = _Seen(), []  # type: ignore[var-annotated]
     watch = _Watch(seen, stack)
     handles = []
@@ -280,17 +316,13 @@ def _trace(model: nn.Module, block: nn.Module) -> _Seen:
                 watch.waiting[id(output)] = (path, output)
 
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), _plain_attention(model), watch:
-            ids = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
-            # With a mask given nothing looks into positions for packed rows, which it could not without weights.
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            run()
     except Exception:
-        # Without weights, routing by value cannot run; attention comes before it.
-        if device.type != "meta":
+        if not unfinished:
             raise
     finally:
         for handle in handles:
@@ -420,7 +452,8 @@ def _gives(block: nn.Module, owner: str) -> int:
 
 def _width(block: nn.Module, own: dict[str, nn.Parameter], rest: list[str]) -> int:
     """Width of the residual stream: what the norms directly in the block scale, or the smaller side of its matrices."""
-    shallow = [p for p in rest if own[p].dim() == 1 and p.count(".") == 1]
+    holders = {p.rpartition(".")[0] for p in own if own[p].dim() > 1}
+    shallow = [p for p in rest if own[p].dim() == 1 and p.count(".") == 1 and p.rpartition(".")[0] not in holders]
     if shallow:
         return int(own[shallow[0]].shape[0])
     return min(min(own[p].shape) for p in rest if own[p].dim() == 2)
