@@ -181,7 +181,9 @@ def _anatomy(model: nn.Module) -> Anatomy:
 
 def _inside(blocks: Iterable[Block]) -> dict[str, list[Place]]:
     """The roles that stand in blocks."""
-    attributes = {role: role for role in ("attention_out", "mlp_in", "mlp_gate", "mlp_out", "router", "experts", "norm")}
+    attributes = {
+        role: role for role in ("attention_out", "mlp_in", "mlp_gate", "mlp_out", "router", "experts", "norm")
+    }
     return {
         role: [(block.index, name) for block in blocks for name in getattr(block, attribute)]
         for role, attribute in {"attention_qkv": "qkv", **attributes}.items()
