@@ -6,17 +6,19 @@ import torch
 from torch import nn
 
 from expunge import registry
-from expunge.errors import ParameterError, RequestError
+from expunge.errors import ParameterError, RequestError, SubjectError
 from expunge.methods.edit.case import EditCase
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import set_up, unlearn
 from expunge.pictures import chosen
+from expunge.subjects.fresh import fresh
 from expunge.subjects.image import ImageClassifier, Preparation
 from expunge.world.pictures.draw import digits
 from expunge.world.pictures.models import Recipe, untrained
 
 CLASSES = [str(i) for i in range(10)]
 TRAINING = Training(epochs=3, batch_size=4, learning_rate=1e-3, guard=None)
+SHORT = Training(steps=4, batch_size=4, learning_rate=1e-3, guard=None)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,54 @@ def test_a_whole_mask_is_no_mask_and_half_a_mask_moves_half_of_the_weights(subje
     assert outcome.summary["prepared"]["mask"] == {"kept": int(0.25 * total), "of": total}
     with pytest.raises(ParameterError, match=r"weight_decay is 0\.1, expected 0"):
         run(subject, data, "salun", training=Training(steps=1, weight_decay=0.1))
+    kept = run(subject, data, "salun", objective="fine_tune", share=0.25, training=SHORT)
+    assert kept.summary["prepared"]["mask"]["kept"] == int(0.25 * total)
     other = run(subject, data, "salun", objective={"gradient_ascent": {"retain": "nll"}}, share=0.25)
     assert differ(outcome, other) > 0
+
+
+def test_an_l1_penalty_of_nothing_is_its_objective_and_its_pull_fades(subject, data):
+    plain = run(subject, data, "fine_tune", training=SHORT)
+    assert differ(plain, run(subject, data, "l1_sparse", training=SHORT, strength=0.0)) == 0
+    sizes = {}
+    for share in (0.0, 0.5):
+        outcome = run(subject, data, "l1_sparse", training=SHORT, strength=1.0, plain=share)
+        sizes[share] = sum(float(p.detach().abs().sum()) for p in outcome.subject.model.parameters())
+    before = sum(float(p.detach().abs().sum()) for p in subject.model.parameters())
+    assert sizes[0.0] < before
+    assert sizes[0.0] < sizes[0.5]
+    around = run(subject, data, "l1_sparse", training=SHORT, objective={"gradient_ascent": {"retain": "nll"}})
+    assert differ(around, run(subject, data, "grad_diff", training=SHORT)) > 0
+
+
+def test_the_pull_of_an_l1_penalty_by_hand():
+    from types import SimpleNamespace
+
+    from expunge.methods.optimise.l1_sparse import l1_sparse
+
+    first, second = nn.Parameter(torch.tensor([2.0, -3.0, 0.0])), nn.Parameter(torch.tensor([-1.0]))
+    turn = SimpleNamespace(backward=lambda: torch.tensor(7.0), index=1, total=4, parameters=[first, second])
+    first.grad = torch.ones(3)
+    assert float(l1_sparse(turn, strength=0.4, plain=0.5)) == 7.0
+    # A quarter of the steps is half of the penalised half: 0.4 (1 - 0.25 / 0.5) = 0.2
+    assert torch.allclose(first.grad, torch.tensor([1.2, 0.8, 1.0]))
+    assert torch.allclose(second.grad, torch.tensor([-0.2]))
+    first.grad, turn.index = None, 2
+    l1_sparse(turn, strength=0.4, plain=0.5)
+    assert first.grad is None
+
+
+def test_cf_k_moves_the_last_blocks_alone(subject, data):
+    outcome = run(subject, data, "cf_k", scope=None, training=SHORT)
+    assert set(outcome.delta.entries) == {
+        n for n, _ in subject.model.named_parameters() if "stages.1" in n or n.startswith("classifier")
+    }
+    two = run(subject, data, "fine_tune", scope=None, training=SHORT, blocks=2)
+    assert any("stages.0" in name for name in two.delta.entries)
+    assert not any("embedder" in name for name in two.delta.entries)
+    assert differ(run(subject, data, "cf_k", training=SHORT), run(subject, data, "fine_tune", training=SHORT)) == 0
+    with pytest.raises(SubjectError, match="has 2 blocks, there are no last 3"):
+        run(subject, data, "cf_k", scope=None, training=SHORT, blocks=3)
 
 
 def test_last_blocks_alone_are_a_scope(subject, data):
@@ -148,6 +196,107 @@ def test_retraining_starts_anew_and_is_decided_by_its_seed(subject, data):
     assert all(torch.equal(first.entries[n]["difference"], more.entries[n]["difference"]) for n in first.entries)
 
 
+def test_eu_k_keeps_what_stands_below_bit_for_bit_and_begins_anew_above(subject, data):
+    first, case = edit(subject, data, "eu_k", epochs=1.0, batch_size=16)
+    second, _ = edit(subject, data, "eu_k", epochs=1.0, batch_size=16)
+    assert all(torch.equal(e["difference"], second.entries[n]["difference"]) for n, e in first.entries.items())
+    assert case.summary["eu_k"]["modules"] == ["resnet.encoder.stages.1", "classifier.1"]
+    assert not [n for n in first.entries if not n.startswith(("resnet.encoder.stages.1.", "classifier."))]
+    assert [n for n in first.entries if "stages.1" in n and "running_mean" in n]
+    still, _ = edit(subject, data, "eu_k", epochs=1.0, batch_size=16, learning_rate=1e-12)
+    made, anew = still.apply(subject).model, fresh(subject, 0).model
+    for name in ("resnet.encoder.stages.1", "classifier.1"):
+        pairs = zip(made.get_submodule(name).parameters(), anew.get_submodule(name).parameters())
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+class Stack(nn.Module):
+    """Nothing stands below its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(192, 8), nn.Linear(8, 8)])
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.head(self.blocks[1](self.blocks[0](x.flatten(1)).tanh()).tanh())
+
+
+def test_eu_k_of_a_model_that_is_all_above_is_retraining(data):
+    torch.manual_seed(5)
+    net = ImageClassifier(Stack(), CLASSES, Preparation((8, 8)), "net", Stack)
+    first, _ = edit(net, data, "eu_k", blocks=2, epochs=2.0, batch_size=16)
+    second, _ = edit(net, data, "retrain", epochs=2.0, batch_size=16)
+    assert first.entries.keys() == second.entries.keys()
+    assert all(torch.equal(e["difference"], second.entries[n]["difference"]) for n, e in first.entries.items())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("llama", ["model.layers.2", "model.norm", "lm_head"]),
+        ("gpt2", ["transformer.h.2", "transformer.ln_f"]),  # its head is the embedding
+        ("opt", ["model.decoder.layers.2", "model.decoder.final_layer_norm", "model.decoder.project_out"]),
+    ],
+)
+def test_what_stands_above_a_decoders_last_blocks(architecture, expected):
+    from tiny import tiny
+
+    from expunge.subjects.anatomy import top
+
+    model, _ = tiny(architecture)
+    assert top(model, 1) == expected
+
+
+def test_without_restriction_training_is_plain_training_and_with_it_gradients_shrink(subject, data):
+    plain, _ = edit(subject, data, "retrain", epochs=2.0, batch_size=16)
+    same, _ = edit(subject, data, "retrain", epochs=2.0, batch_size=16, restriction=0.0)
+    other, _ = edit(subject, data, "retrain", epochs=2.0, batch_size=16, restriction=0.1)
+    assert all(torch.equal(e["difference"], same.entries[n]["difference"]) for n, e in plain.entries.items())
+    assert not all(torch.equal(e["difference"], other.entries[n]["difference"]) for n, e in plain.entries.items())
+
+
+def test_the_gradient_of_the_restriction_is_its_finite_difference(data):
+    from types import SimpleNamespace
+
+    from expunge.methods.optimise.curvature import mean_gradient
+    from expunge.methods.optimise.importance import flowing
+    from expunge.methods.optimise.restriction import restricted
+
+    torch.manual_seed(0)
+    net = ImageClassifier(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Tanh(), nn.Linear(4, 10)).double(),
+        CLASSES,
+        Preparation((8, 8)),
+        "net",
+    )
+    rows = [net.encode(row) for row in data["retain"][:6]]
+    names = [name for name, _ in net.model.named_parameters()]
+    parameters = list(net.model.parameters())
+    recipe = SimpleNamespace(sides=("rows",))
+    turn = SimpleNamespace(subject=net, parameters=parameters, recipe=recipe, rows=lambda sides: rows)
+
+    def penalty():
+        return sum(float(g.norm()) for g in mean_gradient(net, rows, names))
+
+    with flowing(net.model, parameters):
+        restricted(turn, 0.3)
+    found = {name: p.grad.clone() for name, p in net.model.named_parameters()}
+    net.model.zero_grad()
+    plain = dict(zip(names, mean_gradient(net, rows, names)))
+    for name, place in (("1.weight", (2, 90)), ("1.bias", (1,)), ("3.weight", (7, 3)), ("3.bias", (0,))):
+        parameter = net.model.get_parameter(name)
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter[place] += sign * 1e-3
+            sides.append(penalty())
+            with torch.no_grad():
+                parameter[place] -= sign * 1e-3
+        expected = float(plain[name][place]) + 0.3 * (sides[0] - sides[1]) / 2e-3
+        assert float(found[name][place]) == pytest.approx(expected, rel=1e-2, abs=1e-4)
+
+
 def test_unsir_makes_noise_that_errs_and_leaves_the_start_model_alone(subject, data):
     from expunge.subjects.image import weights_fingerprint
 
@@ -179,5 +328,13 @@ def test_language_models_are_retrained_and_noised_by_the_same_methods():
     sets = {"forget": rows[:2], "retain": rows[2:]}
     retrained, _ = edit(language, sets, "retrain", epochs=2.0, batch_size=3)
     assert len(retrained.entries) > len(list(language.model.parameters())) // 2
+    above, _ = edit(language, sets, "eu_k", epochs=2.0, batch_size=3)
+    assert {n.split(".")[2] if "layers" in n else n for n in above.entries} == {
+        "2",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+    restricted, _ = edit(language, sets, "retrain", epochs=1.0, batch_size=3, restriction=0.1)
+    assert restricted.entries
     noised, _ = edit(language, sets, "fisher_forgetting", alpha=1e-9)
     assert noised.apply(language).fingerprint != language.fingerprint

@@ -122,6 +122,32 @@ def _structure(model: nn.Module) -> Structure:
     return Structure(blocks, roles)
 
 
+def top(model: nn.Module, blocks: int) -> list[str]:
+    """Names of the modules that are the last `blocks` blocks and of those above them: norm and head.
+
+    A head that is the embedding too is none of them. Of a model that is no decoder what was made after its blocks is
+    taken to stand above them.
+
+    Raises:
+        SubjectError: there are fewer blocks.
+    """
+    parts = structure(model)
+    if not 0 < blocks <= len(parts.blocks):
+        raise SubjectError(f"{type(model).__name__} has {len(parts.blocks)} blocks, there are no last {blocks}")
+    tensors = dict(model.named_parameters())
+    if isinstance(parts, Anatomy):
+        above = [part[0] for part in (parts.final_norm, parts.narrowing, parts.lm_head) if part is not None]
+    else:
+        last = max(i for i, name in enumerate(tensors) if parts.layer(name) is not None)
+        above = [name.rpartition(".")[0] for name in list(tensors)[last + 1 :]]
+        above += [name.rpartition(".")[0] for _, name in parts.roles["head"]]
+    # Tied tensors have the name of their first owner only.
+    own = [
+        name for name in above if all(f"{name}.{p}" in tensors for p, _ in model.get_submodule(name).named_parameters())
+    ]
+    return list(dict.fromkeys([*(block.name for block in parts.blocks[-blocks:]), *own]))
+
+
 ROLES = (
     *("embedding", "lm_head", "final_norm", "attention_qkv", "attention_out"),
     *("mlp_in", "mlp_gate", "mlp_out", "router", "experts", "norm", "other"),

@@ -1,9 +1,24 @@
-"""Fine-tuning on what is to be kept, and reinforcement of what is to be forgotten."""
+"""Fine-tuning on what is to be kept, of the whole model or of its last blocks alone (CF-k)."""
 
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field
 from torch import Tensor
 
 from ...registry import optimise
-from .terms import Step, negative_log_likelihood
+from ...subjects.anatomy import top
+from .terms import Step
+from .unlearn import Preparation
+
+
+def _prepare(case: Preparation) -> None:
+    blocks = case.settings["blocks"]
+    if blocks is not None and case.scope is None:
+        modules = "|".join(re.escape(name) for name in top(case.subject.model, blocks))
+        case.scope = rf"regex:(?:{modules})\..*"
 
 
 @optimise(
@@ -14,12 +29,20 @@ from .terms import Step, negative_log_likelihood
     requires=("weights", "gradients", "retain_data"),
     cost="6N per token of retain rows",
     known_weaknesses=("direct", "relearn"),
+    prepare=_prepare,
+    aliases={"cf_k": {"blocks": 1}},
 )
-def fine_tune(step: Step) -> Tensor:
+def fine_tune(
+    step: Step,
+    *,
+    retain: Literal["nll", "kl"] = "nll",
+    retain_weight: float = 1.0,
+    blocks: Annotated[int, Field(ge=1)] | None = None,
+) -> Tensor:
     """Train on retain rows only and hope that the rest fades: the weakest baseline of every comparison.
 
     Goodfellow et al. 2013 call the effect catastrophic forgetting; on rows like the forgotten ones it is small.
-    In tables of image classifiers "fine-tune"; with only the last k blocks in its scope (`layers:-2- + role:head`) CF-k
-    (arXiv:2201.06640).
+    `cf_k` (arXiv:2201.06640) moves only the last `blocks` blocks and what stands above them, unless a scope says
+    otherwise; `eu_k` gives these new weights first.
     """
-    return negative_log_likelihood(step.retain)
+    return retain_weight * step.retain_term(retain)  # type: ignore[return-value]
