@@ -6,10 +6,11 @@ from tiny import ARCHITECTURES, tiny
 
 from expunge import registry
 from expunge.deltas import Delta
-from expunge.errors import ParameterError, RequestError, RowError, SubjectError
+from expunge.errors import ParameterError, RequestError, RowError, ScopeError, SubjectError
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import refusals, unlearn
 from expunge.rows import Row
+from expunge.subjects.anatomy import structure
 from expunge.subjects.language import LanguageModel, weights_fingerprint
 
 METHODS = sorted(part.name for part in registry.parts("methods") if part.card.kind == "optimise")
@@ -26,12 +27,16 @@ DATA = {"forget": rows("forget", 5), "retain": rows("retain", 12)}
 SHORT = Training(steps=2, batch_size=4, learning_rate=1e-3)
 ON_EXPERTS = {part.name for part in registry.parts("methods") if "routed_experts" in getattr(part.card, "requires", ())}
 """Methods for mixtures of experts; they choose their scope. Random experts are all used alike."""
+ADAPTERS = {"gs_lora", "gs_lora_plus_plus"}
+"""Methods that move adapters only, in the dense layers of MLPs; their scope is their own."""
 
 
 def run(subject, method, *, scope="all", data=DATA, training=SHORT, folder=None, **settings):
     part = registry.get("methods", method)
     if method in ON_EXPERTS:
         scope, settings = None, {"contrast": 0.0, **settings}
+    if method in ADAPTERS:
+        scope = None
     return unlearn(subject, part, settings, scope=scope, data=data, training=training, folder=folder)
 
 
@@ -52,6 +57,10 @@ def test_every_method_runs_on_every_architecture_and_leaves_the_base_alone(metho
         with pytest.raises(SubjectError, match="needs routed experts"):
             run(subject, method)
         return
+    if method in ADAPTERS and not structure(subject.model).roles["mlp_in"]:
+        with pytest.raises(ScopeError, match="no linear layer of mlp"):
+            run(subject, method)
+        return
     before = weights_fingerprint(subject.model)
     outcome = run(subject, method)
     after = outcome.delta.apply(subject)
@@ -66,7 +75,7 @@ def test_the_same_seed_gives_the_same_delta_bitwise(method):
     first, second = run(subject, method).delta, run(subject, method).delta
     assert first.entries.keys() == second.entries.keys()
     for name, entry in first.entries.items():
-        assert torch.equal(entry["difference"], second.entries[name]["difference"])
+        assert all(torch.equal(tensor, second.entries[name][key]) for key, tensor in entry.items())
 
 
 @pytest.mark.parametrize("scope", ["layers:-1", "role:mlp_out@1", "role:lm_head", "layers:0-role:norm"])

@@ -385,7 +385,9 @@ def _working_copy(
     # The base's tensors are shared, so their flags are too; they stay off, as nothing else trains a base.
     working.model.requires_grad_(False)
     if resolved.lora is not None:
-        _add_adapters(working.model, resolved.lora)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.seed)
+            _add_adapters(working.model, resolved.lora)
         if resolved.lora.init in PRINCIPAL:
             forget, retain = _measured(case)
             about = fila.start(working, resolved.lora, forget, retain, seed=case.seed)
