@@ -114,7 +114,10 @@ def gs_lora(
     if not prototypes:
         return loss
     known = step.given["prototypes"]
-    away = {name: from_prototype(step.sides[name], *known[name], prototype_of, distance) for name in known}
+    away = {
+        name: from_prototype(step.sides[name], classes, table, prototype_of, distance)
+        for name, (classes, table) in known.items()
+    }
     assert prototype_bound is not None
     loss = loss + push * (prototype_bound - away["forget"].mean()).relu()
     return loss + pull * away["retain"].mean() if pull else loss
