@@ -7,6 +7,7 @@ zsRE         src, alt, answers, rephrase, loc, loc_ans; with portability {New Qu
 EasyEdit     locality_prompt, locality_ground_truth beside its nested form
 EditAttack   questions, targets, subjects, paraphrased_questions, portability_questions
 known_1000   prompt, subject, attribute: facts for causal tracing
+expunge      question, answer (or prompt, completion), entity: the rows of a request
 """
 
 from __future__ import annotations
@@ -42,6 +43,16 @@ def unnested(record: Record, where: str) -> Record:
             found["portability"] = {"hop": [[record["portability_questions"], record["targets"]]]}
     elif "attribute" in record and "subject" in record:
         found = {"ground_truth": record["attribute"]}
+    elif "question" in record and "answer" in record:
+        found = {"prompt": record["question"], "ground_truth": record["answer"], "kind": "qa"}
+    elif "prompt" in record and "completion" in record:
+        found = {"ground_truth": record["completion"]}
+    if (
+        "entity" in record
+        and "subject" not in record
+        and str(record["entity"]) in str({**found, **record}.get("prompt"))
+    ):
+        found["subject"] = record["entity"]
     for prompt, answer in (("loc", "loc_ans"), ("locality_prompt", "locality_ground_truth")):
         if record.get(prompt):
             found["locality"] = {"neighborhood": [{"prompt": record[prompt], "ground_truth": record.get(answer)}]}

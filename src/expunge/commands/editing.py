@@ -1,4 +1,4 @@
-"""`expunge edit`: facts that a model is to state differently."""
+"""`expunge edit`: facts that a model is to state differently; `expunge trace`: where it keeps them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, progressing, say, say_rich
+from .console import assignments, progressing, say, say_json, say_rich, say_table
 
 
 def edit(
@@ -48,3 +48,59 @@ def edit(
     for note in card.notes:
         say(note)
     say(f"scorecard: {folder / 'scorecard.html'}")
+
+
+def trace(
+    model: Annotated[str, typer.Argument(help="The model: folder or hub id.")],
+    facts: Annotated[str, typer.Argument(help="Rows with prompt, subject and ground_truth, or a request's rows.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="block, mlp or attention; give several.", show_default="all three"),
+    ] = None,
+    noise: Annotated[float, typer.Option(help="On the subject's embeddings, in their standard deviations.")] = 3.0,
+    draws: Annotated[int, typer.Option(help="Draws of noise that are averaged.")] = 10,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Layers that MLPs and attentions are restored at together.", show_default="depth / 5"),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Of so many facts, the first; 0 takes all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of page and values.", show_default="runs/trace")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...", show_default="as stored")] = None,
+    json: Json = False,
+) -> None:
+    """Find out where a model keeps facts, by causal tracing.
+
+    The subject is drowned in noise; then states of the undisturbed run are put back, one layer and token at a time.
+    """
+    from ..causal_trace import KINDS
+    from ..causal_trace import trace as carry_out
+    from ..report import traced
+
+    folder = out or Path("runs") / "trace"
+    with progressing(json) as progress:
+        found = carry_out(
+            model,
+            facts,
+            kinds=kind or KINDS,
+            noise=noise,
+            draws=draws,
+            width=width,
+            limit=limit,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    traced.write(found, folder)
+    if json:
+        say_json(found.document())
+        return
+    say_table(*traced.table(found))
+    say()
+    say(
+        f"{len(found.traced)} facts, {len(found.left_out)} that the model does not state; probability of the answer "
+        f"{found.clean:.3f}, with noise {found.low:.3f}. Shares of that loss that come back, with 95% intervals."
+    )
+    say(f"trace: {folder / 'trace.html'}")

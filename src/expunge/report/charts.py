@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -144,3 +144,33 @@ def frontier(spots: Sequence[Spot], words: str, x_label: str, y_label: str) -> M
         short = spot.name if len(spot.name) <= 22 else spot.name[:21] + "…"
         parts.append(_text(right + 14, at + 4, short, f"name {style}", "start"))
     return _image(width, height, words, parts, "chart frontier-chart")
+
+
+def heat(rows: Sequence[str], columns: Sequence[object], values: Any, words: str) -> Markup:
+    """A heat map: `values` (rows, columns) from 0, empty, to 1, full; what is below 0 has another colour."""
+    left, side, wide = 150.0, 18.0, max(9.0, min(30.0, 260.0 / max(1, len(columns))))
+    step = max(1, math.ceil(22 / wide))
+    parts = []
+    for place, name in enumerate(rows):
+        y = side * place
+        short = name if len(name) <= 24 else name[:23] + "…"
+        parts.append(_text(left - 6, y + 12.5, short, "tick", "end"))
+        for at, column in enumerate(columns):
+            value = float(values[place][at])
+            if not math.isfinite(value):
+                continue
+            style = "heat less" if value < 0 else "heat"
+            parts.append(
+                str(
+                    Markup(
+                        '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.3f}">'
+                        "<title>{}, {}: {}</title></rect>"
+                    ).format(
+                        style, left + wide * at, y, wide - 1, side - 1, min(abs(value), 1), name, column, number(value)
+                    )
+                )
+            )
+    for at in range(0, len(columns), step):
+        parts.append(_text(left + wide * at + (wide - 1) / 2, side * len(rows) + 12, str(columns[at]), "tick"))
+    width, height = left + wide * len(columns) + 4, side * len(rows) + 18
+    return _image(width, height, words, parts, "chart")

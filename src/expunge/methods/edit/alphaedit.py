@@ -17,7 +17,8 @@ from torch import Tensor
 from ...errors import ParameterError
 from ...registry import edit
 from .case import Edit, EditCase
-from .spread import spread, within
+from .spread import LAYERS, spread, within
+from .traced import Layers
 from .values import Settings, located
 
 
@@ -31,7 +32,7 @@ from .values import Settings, located
 def alphaedit(
     case: EditCase,
     *,
-    layers: tuple[float, float] = (0.13, 0.25),
+    layers: Layers = LAYERS,
     contexts: int = 5,
     steps: int = 25,
     learning_rate: float = 0.1,

@@ -8,6 +8,7 @@ from ...registry import edit
 from ...subjects.language import LanguageModel
 from ...subjects.packed import Pack
 from .case import Edit, EditCase
+from .traced import Layer
 from .tuning import tuned
 
 
@@ -21,7 +22,7 @@ from .tuning import tuned
 def ft_m(
     case: EditCase,
     *,
-    layer: float = 0.66,
+    layer: Layer = 0.66,
     steps: int = 25,
     learning_rate: float = 5e-4,
     norm: float = 0.0,

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...errors import ParameterError
 from ...registry import edit
 from .case import Edit, EditCase
-from .spread import spread, within
+from .spread import LAYERS, spread, within
+from .traced import Layers
 from .values import Settings, located
 
 
@@ -31,7 +32,7 @@ from .values import Settings, located
 def memit(
     case: EditCase,
     *,
-    layers: tuple[float, float] = (0.13, 0.25),
+    layers: Layers = LAYERS,
     contexts: int = 5,
     steps: int = 25,
     learning_rate: float = 0.5,
@@ -44,8 +45,9 @@ def memit(
 ) -> Edit:
     """Spread the facts over the MLPs of several layers, least squares against what the corpus needs (Meng et al. 2023).
 
-    `layers`: first and last, as numbers or fractions of the depth. `weight` of C against the facts' own keys (eq. 14's
-    lambda); small models want far less than the published 15 000: weight * tr(C) of 10-100 times tr(K K^T).
+    `layers`: first and last, as numbers or fractions of the depth, or `trace`. `weight` of C against the facts' own
+    keys (eq. 14's lambda); small models want far less than the published 15 000: weight * tr(C) of 10-100 times
+    tr(K K^T).
     """
     if weight <= 0:
         raise ParameterError(f"memit: weight is {weight}, expected more than 0")

@@ -20,7 +20,8 @@ from ...errors import TrainingError
 from ...registry import edit
 from ...subjects.tails import edited_matrix
 from .case import Edit, EditCase
-from .values import Settings, depth, located, optimised
+from .traced import Layer, layer_of
+from .values import Settings, located, optimised
 from .write import low_rank
 
 PARALLEL = 1e-4
@@ -38,7 +39,7 @@ PARALLEL = 1e-4
 def rome(
     case: EditCase,
     *,
-    layer: float = 0.16,
+    layer: Layer = 0.16,
     contexts: int = 20,
     steps: int = 25,
     learning_rate: float = 0.5,
@@ -52,11 +53,11 @@ def rome(
 ) -> Edit:
     """Rewrite one association in one MLP's output matrix (Meng et al. 2022, eq. 2-4); several facts at once as EMMET.
 
-    `layer` is a number or a fraction of the depth. `contexts`: texts put before the prompt while key and value are
-    worked out. `covariance` false takes C = I. `ridge` is added to C, in shares of its mean eigenvalue. `original`
-    divides by the key of the prompt as it is, as the paper did.
+    `layer` is a number, a fraction of the depth, or `trace`. `contexts`: texts put before the prompt while key and
+    value are worked out. `covariance` false takes C = I. `ridge` is added to C, in shares of its mean eigenvalue.
+    `original` divides by the key of the prompt as it is, as the paper did.
     """
-    at = depth(case.subject, layer)
+    at = layer_of(case, layer)
     matrix = edited_matrix(case.subject, at)
     moment = case.moments([at], max_tokens)[at] if covariance else None
     facts = located(case, contexts)

@@ -15,21 +15,26 @@ from ...deltas import Delta, compose
 from ...errors import ParameterError
 from ...subjects.tails import residual_matrix
 from .case import EditCase
-from .values import Fact, Settings, depth, keys, optimised
+from .traced import Layers, span_of
+from .values import Fact, Settings, keys, optimised
 from .write import low_rank
 
 Solve = Callable[[int, Tensor], Tensor]
 """(layer, keys (f, n)) to the directions (f, n) along which residuals are written."""
 
 
-def within(case: EditCase, layers: tuple[float, float]) -> list[int]:
+LAYERS = (0.13, 0.25)
+"""First and last, by default."""
+
+
+def within(case: EditCase, layers: Layers) -> list[int]:
     """The layers from the first to the last.
 
     Raises:
         ParameterError: there are none.
         SubjectError: one is no dense layer, or a norm follows its MLP.
     """
-    first, last = (depth(case.subject, layer, "layers") for layer in layers)
+    first, last = span_of(case, layers, LAYERS)
     if first > last:
         raise ParameterError(f"layers is {layers}, which are {first} and {last}; expected the lower one first")
     span = list(range(first, last + 1))

@@ -16,7 +16,8 @@ from ...subjects.language import LanguageModel, Taps
 from ...subjects.packed import Encoded, Pack, pack
 from ...subjects.tails import edited_matrix
 from .case import EditCase
-from .values import depth, located
+from .traced import Layer, layer_of
+from .values import located
 
 ENOUGH = 1e-2
 """Loss below which no step is made."""
@@ -25,7 +26,7 @@ Loss = Callable[[LanguageModel, Pack, Tensor], Tensor]
 """(model, pack, states at the positions that predict answer tokens) to the mean loss over facts."""
 
 
-def tuned(case: EditCase, loss: Loss, *, layer: float, steps: int, learning_rate: float, norm: float) -> Delta:
+def tuned(case: EditCase, loss: Loss, *, layer: Layer, steps: int, learning_rate: float, norm: float) -> Delta:
     """Adam on one matrix.
 
     Args:
@@ -37,7 +38,7 @@ def tuned(case: EditCase, loss: Loss, *, layer: float, steps: int, learning_rate
     """
     if steps < 0 or learning_rate <= 0 or norm < 0:
         raise ParameterError(f"steps {steps}, learning_rate {learning_rate}, norm {norm}: expected >= 0, > 0 and >= 0")
-    at = depth(case.subject, layer)
+    at = layer_of(case, layer)
     matrix = edited_matrix(case.subject, at)
     facts = located(case, 0)
     rows = [fact.lookups[0].tokens for fact in facts]
