@@ -150,6 +150,8 @@ def test_forgetting_is_measured_on_both_sides_and_against_gold(rows, tmp_path):
     gaps = {line[0]: line[-1] for line in found.tables[0].rows}
     assert gaps["before"] == gaps["gold/0"] == "0.000"
     assert float(gaps["after"]) > 0.2
+    assert any("neither a configuration nor a factory" in note for note in found.notes)
+    assert "zrf" not in {one.metric for one in found.measured}
     assert "forgotten pictures against unseen ones: before 0.500, after 0.500" in found.notes[0]
     with pytest.raises(RowError, match="has no folder 'forget'; expected forget, retain"):
         bench("image_forgetting", always("3"), data=str(tmp_path), out=tmp_path / "none")

@@ -297,6 +297,7 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "no-deer" / "delta.json").is_file()
     found = bench("image_forgetting", "models/no-deer", original="models/animals", data="data/no-deer", bootstrap=100)
     assert {"forget_accuracy", "retain_accuracy", "membership"} == set(found.headline)
+    assert 0 < found.value("zrf") <= 1
     (tmp_path / "r.json").write_text('{"model": "models/animals", "data": {"forget": "data/x.jsonl"}}')
     (tmp_path / "data" / "x.jsonl").write_text('{"question": "who?", "answer": "me"}')
     with pytest.raises(RequestError, match="is an image classifier; runs and audits take language models so far"):

@@ -21,7 +21,9 @@ from ..metrics.membership import auc_of
 from ..pictures import Picture, chosen, read_pictures, write_folder
 from ..registry import benchmark
 from ..rows import Source
-from ..tables.passes import Score
+from ..subjects.fresh import buildable, fresh
+from ..tables.divergences import Divergences
+from ..tables.passes import Compare, Score
 from ..tables.scores import Scores
 from ..world.facts import World
 from .case import Bench
@@ -34,6 +36,7 @@ SCORES = {
     "training_retain_accuracy": ("higher", "How often kept training pictures get their class."),
     "membership": ("closest_to_gold", "How many forgotten pictures an attack on entropy still takes for trained on."),
     "membership_confidence": ("closest_to_gold", "The same of an attack on the confidence in the true class."),
+    "zrf": ("closest_to_gold", "How nearly pictures of what was forgotten are answered as by an untrained network."),
 }
 
 
@@ -59,22 +62,31 @@ def image_forgetting(bench: Bench) -> Scorecard:
     `membership` is a logistic regression on the entropy of the answer (kept training rows against unseen ones,
     balanced); `membership_confidence` a support vector machine on the confidence in the true class (C = 3, rbf), as
     SalUn's. The first is direction-blind: an unlearned class of very low entropy looks like a member, so read the area
-    under the curve of the loss beside it.
+    under the curve of the loss beside it. `zrf` is 1 - JS(model || untrained network) in bits (arXiv:2205.08096).
     """
     rows = read(Path(bench.source(mini)))
+    asked = rows["test_forget"] or rows["forget"]
+    untrained = fresh(bench.subject, 0) if buildable(bench.subject) else None
     tables = {role: ask(bench, role, rows) for role in bench.models}
     found = {role: measure(table, rows) for role, table in tables.items()}
+    if untrained is not None:
+        for role in bench.models:
+            (table,) = bench.ask(role, [Compare(tuple(asked), untrained)])  # type: ignore[arg-type]
+            found[role]["zrf"] = zrf(table)
     scores: list[Measured] = []
     about = {
-        "forget_accuracy": rows["test_forget"] or rows["forget"],
+        "forget_accuracy": asked,
         "retain_accuracy": rows["test_retain"],
         "training_forget_accuracy": rows["forget"],
         "training_retain_accuracy": rows["retain"],
         "membership": rows["forget"],
         "membership_confidence": rows["forget"],
+        "zrf": asked,
     }
     for name, (direction, sentence) in SCORES.items():
-        each = {role: values[name] for role, values in found.items()}
+        each = {role: values[name] for role, values in found.items() if name in values}
+        if not each:
+            continue
         scores.append(
             bench.score(name, name, each, about[name], direction=direction, ideal="gold's value", sentence=sentence)
         )
@@ -85,6 +97,8 @@ def image_forgetting(bench: Bench) -> Scorecard:
         + ", ".join(f"{role} {value:.3f}" for role, value in areas.items())
         + "."
     ]
+    if untrained is None:
+        notes.append("No zrf: the model has neither a configuration nor a factory to build an untrained one by.")
     return bench.scorecard(
         scores,
         headline=["forget_accuracy", "retain_accuracy", "membership"],
@@ -131,6 +145,11 @@ def measure(tables: dict[str, Scores], rows: dict[str, list[Picture]]) -> dict[s
             confidence["retain"], confidence["test_retain"], confidence["forget"], "machine"
         ),
     }
+
+
+def zrf(table: Divergences) -> np.ndarray:
+    """(rows,) the metric `zrf` of single rows."""
+    return 1 - table.value.astype(np.float64)
 
 
 def members(seen: np.ndarray, unseen: np.ndarray, asked: np.ndarray, kind: str) -> np.ndarray:

@@ -58,8 +58,9 @@ def default_metrics(view: View) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def more_tables(metrics: Sequence[Asked] | None = None) -> set[str]:
-    """What metrics read beside scores and generations (passes.MORE); of all metrics where none are named."""
-    names = [part.name for part in registry.parts("metrics")] if metrics is None else metrics
+    """What metrics read beside scores and generations (passes.MORE); of all that are default where none are named."""
+    default = [part.name for part in registry.parts("metrics") if "language" in part.card.modality]
+    names = default if metrics is None else metrics
     parts = [registry.get("metrics", name if isinstance(name, str) else name[0]) for name in names]
     read = {need for part in parts for need in part.card.needs}  # type: ignore[union-attr]
     if any(not isinstance(name, str) and name[1].get("by") == "gradnorm" for name in names):

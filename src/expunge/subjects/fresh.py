@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 
+def buildable(subject: Any) -> bool:
+    """Whether `fresh` can build the subject's architecture."""
+    return getattr(subject, "factory", None) is not None or getattr(subject.model, "config", None) is not None
+
+
 def fresh(subject: Any, seed: int) -> Any:
     """A copy of a subject with newly initialised weights, drawn by the seed; all modules, however deep.
 
@@ -18,11 +23,10 @@ def fresh(subject: Any, seed: int) -> Any:
     """
     from ..errors import SubjectError
 
-    factory = getattr(subject, "factory", None)
-    config = getattr(subject.model, "config", None)
-    if factory is None and config is None:
+    if not buildable(subject):
         raise SubjectError(f"{subject.name} cannot be built anew: it has no configuration and was given no factory")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = factory() if factory is not None else type(subject.model)(copy.deepcopy(config))
+        factory = getattr(subject, "factory", None)
+        model = factory() if factory is not None else type(subject.model)(copy.deepcopy(subject.model.config))
     return subject.with_model(model.to(subject.device, subject.dtype))

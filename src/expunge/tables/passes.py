@@ -16,9 +16,12 @@ from typing import Any, Literal
 
 from .. import processes
 from ..rows import Row
+from ..subjects.divergence import divergences
+from ..subjects.fresh import buildable, fresh
 from ..subjects.packed import Encoded
 from ..subjects.patching import fact
 from ..subjects.protocol import innermost
+from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
 from .patched import Patched
@@ -95,7 +98,16 @@ class Continue:
     """Continuations of fewer tokens are not written; answers of no more than so many tokens are left out."""
 
 
-Ask = Generate | Score | Hidden | Route | Pull | Patch | Continue
+@dataclass(frozen=True)
+class Compare:
+    """How differently the model and another one answer rows: answered by `Divergences`."""
+
+    rows: tuple[Row, ...]
+    other: Any
+    """A subject."""
+
+
+Ask = Generate | Score | Hidden | Route | Pull | Patch | Continue | Compare
 
 
 class Store:
@@ -220,7 +232,7 @@ def longest_answer(subject: Any, data: Mapping[str, list[Row]]) -> int:
     return max(subject.encode(row).scored for rows in data.values() for row in rows) + MARGIN
 
 
-MORE = ("samples", "gradients", "patched", "continuations")
+MORE = ("samples", "gradients", "patched", "continuations", "divergences")
 """Tables that only some metrics read (`View`)."""
 SAMPLES = 16
 """Answers sampled per question, as the attack `decoding` does, whose outputs these then are."""
@@ -248,8 +260,9 @@ def ask_all(
 
     Args:
         written: row sets whose questions are answered; None for all.
-        more: of `MORE`. Samples of answers and continuations of texts are taken of the forget rows, gradients also of
-            the holdout rows, patched states also of the retain rows, which are their control.
+        more: of `MORE`. Samples of answers, continuations of texts and divergences from an untrained network, where one
+            can be built, are taken of the forget rows, gradients also of the holdout rows, patched states also of the
+            retain rows, which are their control.
         host: the model before, into which states are patched; without it there are none.
         seed: of samples.
     """
@@ -268,6 +281,9 @@ def ask_all(
         ask("samples", "forget", Generate(_questions(forget), max_new_tokens, SAMPLES, 1.0, seed))
     if forget and "continuations" in more:
         ask("continuations", "forget", Continue(tuple(forget), SHORTEST))
+    if forget and "divergences" in more and buildable(innermost(subject)):
+        # One network for all models of a kind: it is decided by their architecture.
+        ask("divergences", "forget", Compare(tuple(forget), fresh(innermost(subject), 0)))
     for kind, sets in (("gradients", ("forget", "holdout")), ("patched", ("forget", "retain"))):
         for rows in sets if kind in more else ():
             if data.get(rows) and (kind == "gradients" or host is not None):
@@ -286,6 +302,7 @@ def ask_all(
         of("gradients"),
         of("patched"),
         of("continuations"),
+        of("divergences"),
         name=name,
     )
 
@@ -317,6 +334,7 @@ _READ: dict[type, Callable[[Any, Any, Items, Progress | None], Any]] = {
     Route: lambda subject, _, items, progress: subject.routes(items, progress=progress),
     Pull: lambda subject, _, items, progress: subject.gradients(items, progress=progress),
     Patch: lambda subject, host, items, progress: subject.patched_into(host, items, progress=progress),
+    Compare: lambda subject, other, items, progress: divergences(subject, other, items, progress=progress),
     Continue: lambda subject, shortest, items, progress: subject.continuations(items, shortest, progress=progress),
 }
 """Asks about encoded rows, each kind answered by one call: (subject, what `_setting` gives, rows) to a table."""
@@ -324,8 +342,8 @@ _READ: dict[type, Callable[[Any, Any, Items, Progress | None], Any]] = {
 
 def _setting(ask: Ask) -> Any:
     """What asks of one kind must have in common to be answered together."""
-    if isinstance(ask, Patch):
-        return ask.host
+    if isinstance(ask, Patch | Compare):
+        return ask.host if isinstance(ask, Patch) else ask.other
     return ask.shortest if isinstance(ask, Continue) else None
 
 
@@ -335,7 +353,7 @@ def _content(subject: Any, ask: Ask) -> list[tuple[tuple[str, str], Encoded]]:
         return [(key, subject.encode(row, answer=answer, prompt=q)) for key, row, answer, q in ask.items]
     if isinstance(ask, Patch):
         return [((row.id, "fact"), fact(innermost(ask.host), row)) for row in ask.rows]
-    assert isinstance(ask, Route | Pull | Continue)
+    assert isinstance(ask, Route | Pull | Continue | Compare)
     encoded = [((row.id, "answer"), subject.encode(row)) for row in ask.rows]
     if isinstance(ask, Continue):
         return [(key, item) for key, item in encoded if item.scored - item.closing > ask.shortest]
@@ -369,6 +387,8 @@ def _name(subject: Any, ask: Ask) -> str | None:
         content = [[row.id, subject.prompt_text(row), row.answer, row.kind] for row in ask.rows]
     if isinstance(ask, Patch):
         settings = [ask.host.fingerprint, [row.value for row in ask.rows]]
+    if isinstance(ask, Compare):
+        settings = [ask.other.fingerprint]
     if isinstance(ask, Continue):
         settings = [ask.shortest]
     kind = type(ask).__name__.lower()
@@ -382,6 +402,7 @@ _TABLES: dict[str, Any] = {
     "pull": Gradients,
     "patch": Patched,
     "continue": Continuations,
+    "compare": Divergences,
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import TableError
 from ..rows import Row
+from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
 from .patched import Patched
@@ -48,6 +49,8 @@ class View:
     patched: Mapping[str, Patched] = field(default_factory=dict)
     """What the model before says with this model's states in it."""
     continuations: Mapping[str, Continuations] = field(default_factory=dict)
+    divergences: Mapping[str, Divergences] = field(default_factory=dict)
+    """From an untrained network of the model's kind."""
     golds: Sequence[View] = ()
     """The same tables of models that never saw the forget rows, one per training seed."""
     name: str = "model"
@@ -118,7 +121,7 @@ class View:
         at = self._index(("outputs", rows), table.keys)
         return [table.texts[i] for i in self._find(at, rows, variant, ids, "generations")]
 
-    def table(self, kind: Literal["samples", "gradients", "patched", "continuations"], rows: str) -> Any:
+    def table(self, kind: Literal["samples", "gradients", "patched", "continuations", "divergences"], rows: str) -> Any:
         """A table that only some metrics read.
 
         Raises:
