@@ -347,7 +347,7 @@ def _watched(model: nn.Module, block: nn.Module, run: Callable[[], Any], *, unfi
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _plain_attention(model), watch:
+        with torch.no_grad(), plain_attention(model), watch:
             run()
     except Exception:
         if not unfinished:
@@ -360,7 +360,7 @@ def _watched(model: nn.Module, block: nn.Module, run: Callable[[], Any], *, unfi
 
 
 @contextmanager
-def _plain_attention(model: nn.Module) -> Any:
+def plain_attention(model: nn.Module) -> Any:
     """Attention as visible operations, whatever kernel the model would use."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}

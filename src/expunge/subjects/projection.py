@@ -2,13 +2,17 @@
 
 For vectors v (n, d) and the head E (V, d) the scores are S = v E^T (n, V). They are never held whole: 458 752 vectors
 of an 8B model would make 235 GB of them. Tiles of rows and of the vocabulary are multiplied, and of each only the best
-k, the sum and the sum of squares are kept.
+k are kept. Mean and deviation over the vocabulary follow from mean and covariance of the head's rows.
+
+The best of a tile are found in two steps: tokens stand in groups, and the k best lie in the k groups of largest maximum
+(a token elsewhere would have k larger ones above it). With 16-bit weights tiles are 16-bit products with fp32 sums,
+whose rounding may swap near ties: of twice k candidates the scores are made again in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -21,8 +25,15 @@ from .language import LanguageModel
 from .value_vectors import ValueMatrix, value_matrices, vectors
 
 Norm = Literal["none", "final"]
+Sign = Literal["+", "-", "both"]
 ROWS, COLUMNS = 1024, 8192
-"""Vectors and tokens of a tile: 32 MiB of scores."""
+"""Vectors and tokens of a tile: at most 32 MiB of scores, which stay in a CPU's cache."""
+CUDA_ROWS, CUDA_COLUMNS = 8192, 32768
+"""... on a GPU, whose products need larger ones: 0.5 GiB."""
+GROUPS = 512
+"""Groups of tokens in a tile."""
+AGAIN = 128
+"""Vectors whose candidates are scored again at once: 10 MiB of the head's rows each, at d = 4096 and k = 10."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Readout:
         parts = anatomy(subject.model)
         steps: list[Callable[[Tensor], Tensor]] = []
         if norm == "final" and parts.final_norm is not None:
-            steps.append(_linear_part(parts.final_norm[1], parts.blocks[0].width))
+            steps.append(linear_part(parts.final_norm[1], parts.blocks[0].width))
         if parts.narrowing is not None:
             weight = parts.narrowing[1].get_parameter("weight").detach().float()
             steps.append(lambda v: v @ weight.T)
@@ -59,27 +70,40 @@ class Readout:
             vectors = step(vectors)
         return vectors
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products with the head are made: its own 16-bit type where there are kernels for it, else fp32."""
+        on_cuda = self.head.device.type == "cuda"
+        fast = (torch.bfloat16, torch.float16) if on_cuda else (torch.bfloat16,)
+        return self.head.dtype if self.head.dtype in fast else torch.float32
+
     @cached_property
     def centre(self) -> Tensor:
         """(e,) the mean of the head's rows."""
-        return self.head.float().mean(0)
+        return torch.stack([rows.float().sum(0) for rows in self.head.split(COLUMNS)]).sum(0) / len(self.head)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(V,) norms of the head's rows."""
+        return torch.cat([rows.float().norm(dim=1) for rows in self.head.split(COLUMNS)])
 
     @cached_property
     def spread(self) -> Tensor:
         """(e, e) covariance of the head's rows."""
         total = torch.zeros(self.head.shape[1], self.head.shape[1], dtype=torch.float64, device=self.head.device)
         for rows in self.head.split(COLUMNS):
-            apart = rows.float() - self.centre
+            apart = (rows.float() - self.centre).to(self.dtype)
             total += apart.T @ apart
         return (total / len(self.head)).float()
 
     def deviation(self, read: Tensor) -> Tensor:
         """(n,) standard deviation over the vocabulary of the scores of read vectors (n, e), without the scores."""
-        return ((read @ self.spread) * read).sum(-1).clamp_min(0).sqrt()
+        product = (read.to(self.dtype) @ self.spread.to(self.dtype)).float()
+        return (product * read.float()).sum(-1).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
-def _linear_part(norm: nn.Module, width: int) -> Callable[[Tensor], Tensor]:
+def linear_part(norm: nn.Module, width: int) -> Callable[[Tensor], Tensor]:
     """Gain and centring of a norm, found by what it makes of +1, -1 ... (mean 0, mean square 1), whatever its class."""
     parameter = next(norm.parameters())
     x = torch.ones(width, dtype=parameter.dtype, device=parameter.device)
@@ -97,23 +121,45 @@ class Projection:
     tokens: Tensor
     """(n, k) int32, best first."""
     scores: Tensor
-    """(n, k) fp32."""
+    """(n, k) fp32; of lowest tokens the lowest first."""
     mean: Tensor
     """(n,) mean score over the vocabulary."""
     deviation: Tensor
     """(n,) standard deviation of the scores."""
+    cosine: Tensor
+    """(n,) between the vector and the head's row of its first token."""
+    log_sum: Tensor | None = None
+    """(n,) log sum exp of all scores, where probabilities were asked for."""
 
     @property
     def z(self) -> Tensor:
-        """(n,) how far the best token stands out, in standard deviations: comparable between vectors of all lengths."""
+        """(n,) how far the first token stands out, in standard deviations: comparable between vectors of all lengths.
+        Negative where the token is the lowest."""
         return (self.scores[:, 0] - self.mean) / self.deviation.clamp_min(1e-12)
+
+    def cpu(self) -> Projection:
+        log_sum = None if self.log_sum is None else self.log_sum.cpu()
+        return Projection(
+            self.tokens.cpu(), self.scores.cpu(), self.mean.cpu(), self.deviation.cpu(), self.cosine.cpu(), log_sum
+        )
 
 
 @torch.no_grad()
-def project(readout: Readout, vectors: Tensor, k: int, *, rows: int = ROWS, columns: int = COLUMNS) -> Projection:
+def project(
+    readout: Readout,
+    vectors: Tensor,
+    k: int,
+    *,
+    sign: Sign = "+",
+    probabilities: bool = False,
+    rows: int | None = None,
+    columns: int | None = None,
+) -> Projection:
     """The k best tokens of each vector (n, d).
 
     Args:
+        sign: `+` the highest scores, `-` the lowest; `both` whichever of a vector's first tokens stands out further.
+        probabilities: also the log sum exp of every vector's scores; a pass over them.
         rows, columns: vectors and tokens multiplied at once; nothing but memory depends on them.
 
     Raises:
@@ -122,26 +168,85 @@ def project(readout: Readout, vectors: Tensor, k: int, *, rows: int = ROWS, colu
     head = readout.head
     if not 1 <= k <= len(head):
         raise ParameterError(f"k = {k} best tokens were asked for; the vocabulary has {len(head)}")
-    parts = [_tile(readout, block.to(head.device), k, columns) for block in vectors.split(rows)]
-    tokens, scores, mean, deviation = (torch.cat(column) for column in zip(*parts))
-    return Projection(tokens, scores, mean, deviation)
+    on_cuda = head.device.type == "cuda"
+    rows, columns = rows or (CUDA_ROWS if on_cuda else ROWS), columns or (CUDA_COLUMNS if on_cuda else COLUMNS)
+    parts = [
+        _rows(readout, block.to(head.device), k, sign, probabilities, columns).cpu() for block in vectors.split(rows)
+    ]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    return Projection(
+        joined("tokens"),
+        joined("scores"),
+        joined("mean"),
+        joined("deviation"),
+        joined("cosine"),
+        joined("log_sum") if probabilities else None,
+    )
 
 
-def _tile(readout: Readout, block: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rows(readout: Readout, block: Tensor, k: int, sign: Sign, probabilities: bool, columns: int) -> Projection:
+    """A few vectors against the whole vocabulary."""
     read, head = readout.read(block), readout.head
-    best: Tensor | None = None
-    tokens = torch.empty(len(block), 0, dtype=torch.int32, device=head.device)
+    factors = {"+": (1,), "-": (-1,), "both": (1, -1)}[sign]
+    count = k if readout.dtype == torch.float32 else min(2 * k, len(head))
+    narrow = read.to(readout.dtype)
+    found: list[tuple[Tensor, Tensor] | None] = [None] * len(factors)
+    sums = []
     for first in range(0, len(head), columns):
-        scores = read @ head[first : first + columns].float().T
-        values, index = scores.topk(min(k, scores.shape[1]), dim=1)
-        index = (index + first).to(torch.int32)
-        if best is not None:
-            values, index = torch.cat([best, values], 1), torch.cat([tokens, index], 1)
-            values, order = values.topk(min(k, values.shape[1]), dim=1)
-            index = index.gather(1, order)
-        best, tokens = values, index
-    assert best is not None
-    return tokens.cpu(), best.cpu(), (read @ readout.centre).cpu(), readout.deviation(read).cpu()
+        scores = narrow @ head[first : first + columns].to(readout.dtype).T
+        if probabilities:
+            sums.append(scores.float().logsumexp(1))
+        for number, factor in enumerate(factors):
+            values, index = _best(scores if factor > 0 else -scores, count)
+            index = index.to(torch.int32) + first
+            before = found[number]
+            if before is not None:
+                values, index = torch.cat([before[0], values], 1), torch.cat([before[1], index], 1)
+                values, order = values.topk(min(count, values.shape[1]), dim=1)
+                index = index.gather(1, order)
+            found[number] = values, index
+    mean, deviation = read @ readout.centre, readout.deviation(read)
+    sides = []
+    for factor, best in zip(factors, found):
+        assert best is not None
+        values, tokens = _settled(readout, read * factor, *best, k)
+        cosine = values[:, 0] / (read.norm(dim=1) * readout.lengths[tokens[:, 0].long()]).clamp_min(1e-30)
+        sides.append(Projection(tokens, values * factor, mean, deviation, cosine * factor))
+    one = sides[0]
+    if len(sides) == 2:
+        lower = (sides[1].z.abs() > one.z.abs())[:, None]
+        tokens, scores = (torch.where(lower, getattr(sides[1], n), getattr(one, n)) for n in ("tokens", "scores"))
+        cosine = torch.where(lower[:, 0], sides[1].cosine, one.cosine)
+        one = Projection(tokens, scores, mean, deviation, cosine)
+    return replace(one, log_sum=torch.stack(sums).logsumexp(0) if probabilities else None)
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(n, count) highest of scores (n, c) and where they stand, in no order among equals."""
+    rows, columns = scores.shape
+    deep = columns // GROUPS
+    if deep < 2 or columns % GROUPS or count >= GROUPS // 4:
+        values, index = scores.topk(min(count, columns), dim=1)
+        return values, index
+    # A group is every GROUPS-th token: maxima of neighbours in memory are taken side by side.
+    grouped = scores.view(rows, deep, GROUPS)
+    group = grouped.amax(1).topk(count, dim=1).indices
+    values, place = grouped.gather(2, group[:, None].expand(-1, deep, -1)).flatten(1).topk(count, dim=1)
+    return values, place // count * GROUPS + group.gather(1, place % count)
+
+
+def _settled(readout: Readout, read: Tensor, values: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of the candidates, scored in fp32; of equal ones the lowest token first."""
+    tokens, order = tokens.sort(dim=1)
+    values = values.gather(1, order)
+    if readout.dtype != torch.float32:
+        pairs = zip(read.split(AGAIN), tokens.split(AGAIN))
+        values = torch.cat([torch.linalg.vecdot(readout.head[t.long()].float(), v[:, None]) for v, t in pairs])
+    values, order = values.float().sort(dim=1, descending=True, stable=True)
+    return values[:, :k], tokens.gather(1, order)[:, :k]
 
 
 def read_neurons(

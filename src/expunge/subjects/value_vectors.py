@@ -44,7 +44,7 @@ class Address:
 
 @dataclass(frozen=True)
 class ValueMatrix:
-    """The value vectors of one MLP, or of one expert of it."""
+    """The value vectors of one MLP, or of one expert of it; or its neurons' other vectors (input_vectors.py)."""
 
     layer: int
     expert: int | None
@@ -58,10 +58,14 @@ class ValueMatrix:
     """The parameter keeps a vector in every column, not in every row."""
     fused: bool = False
     """The parameter is a stack of which `expert` is one place."""
+    part: tuple[int, int, int] | None = None
+    """(first, step, of): of the parameter's `of` vectors first, first + step ... are meant (a fused gate-and-in
+    matrix); None: all."""
 
     @property
     def owner(self) -> str | None:
-        """The module whose inputs are the activations; None where experts are fused."""
+        """The module whose inputs (of a matrix that leads in: outputs) are the activations; None where experts are
+        fused."""
         return None if self.fused else self.name.rpartition(".")[0]
 
     def address(self, dim: int) -> Address:
@@ -69,9 +73,14 @@ class ValueMatrix:
 
     def places(self, dim: int) -> Tensor:
         """(d,) where the vector's entries stand in the flattened parameter."""
-        start = (self.expert or 0) * self.count * self.width if self.fused else 0
+        place, of = self.place(dim), self.part[2] if self.part else self.count
+        start = (self.expert or 0) * of * self.width if self.fused else 0
         steps = torch.arange(self.width)
-        return start + (steps * self.count + dim if self.across else dim * self.width + steps)
+        return start + (steps * of + place if self.across else place * self.width + steps)
+
+    def place(self, dim: int) -> int:
+        """Which of the parameter's vectors a neuron's is."""
+        return self.part[0] + self.part[1] * dim if self.part else dim
 
 
 def value_matrices(model: nn.Module) -> list[ValueMatrix]:
@@ -133,14 +142,15 @@ def _listed(model: nn.Module, block: Block) -> list[ValueMatrix]:
 
 
 def vectors(model: nn.Module, matrix: ValueMatrix) -> Tensor:
-    """(f, d) value vectors; a view of the parameter, or a dense copy of a quantised one."""
+    """(f, d) vectors, one a row; a view of the parameter, or a dense copy of a quantised one."""
     weight = model.get_parameter(matrix.name).detach()
     if is_quantised(weight):
         dtype = next(p.dtype for p in model.parameters() if not is_quantised(p))
         weight = dense_weight(model.get_submodule(str(matrix.owner)), dtype)
     if matrix.fused:
         weight = weight[matrix.expert or 0]
-    return weight.T if matrix.across else weight
+    weight = weight.T if matrix.across else weight
+    return weight if matrix.part is None else weight[matrix.part[0] :: matrix.part[1]][: matrix.count]
 
 
 def find(model: nn.Module, address: Address, matrices: Sequence[ValueMatrix] | None = None) -> ValueMatrix:
