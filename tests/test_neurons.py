@@ -1,0 +1,659 @@
+"""Neurons as tokens: whose rows are whose, maps in tiles and from disk, neurons held, rows turned, attributions."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import CONFIGS, GROUPED, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from expunge import registry
+from expunge.edits import EditRow
+from expunge.errors import MismatchError, ParameterError, RequestError, RowError, SubjectError, TableError
+from expunge.methods.edit import kn as kn_module
+from expunge.methods.edit.case import EditCase
+from expunge.methods.edit.tars import Concept, nearest, state, targeted
+from expunge.methods.guard.case import GuardCase
+from expunge.rows import Row
+from expunge.subjects.anatomy import anatomy
+from expunge.subjects.checkpoint import opened
+from expunge.subjects.clamping import clamped, clamping, deviations, effects, next_logprobs, strongest
+from expunge.subjects.input_vectors import front_norm, neuron_matrices, present, reading_matrices
+from expunge.subjects.language import LanguageModel
+from expunge.subjects.neuron_map import Settings, build, load, overlap
+from expunge.subjects.projection import Readout, project
+from expunge.subjects.value_vectors import Address, value_matrices, vector, vectors
+
+GATED = ("llama", "gemma2", "phi3", "mixtral", "qwen2_moe", "deepseek")
+PLAIN = ("gpt2", "phi", "opt", "gpt_neox")
+RETAIN = [Row(id=f"r{i}", prompt=f"where was Mo {i} born?", answer=f"in Tivin {i}") for i in range(6)]
+FACTS = [
+    EditRow("a", "Ilva was born in", "north", "Ilva", ("Tivin",)),
+    EditRow("b", "where was Carth born?", "the north", "Carth", ("Tivin",)),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+
+
+def subject(architecture="llama"):
+    """Weights of a trained model's size: a random one's neurons hardly move its output."""
+    made = LanguageModel(*tiny(architecture))
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            if p.dim() > 1 and "embed" not in name:
+                p.mul_(5)
+    return made
+
+
+def logits(model, text="where was Ilva born?"):
+    ids = torch.tensor([model.prompt_ids(text, ("a", "b"))])
+    with torch.no_grad():
+        return model.model(input_ids=ids).logits
+
+
+# --- which rows are whose ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", GATED)
+def test_turning_an_up_row_round_is_turning_its_value_vector_round_and_a_gate_row_is_not(architecture):
+    model = subject(architecture)
+    found = {}
+    for kind in ("up", "gate", "down"):
+        made = model.copy()
+        matrices = [m for m in neuron_matrices(made.model, kind) if m.layer == 1]
+        assert [(m.layer, m.expert, m.count) for m in matrices] == [
+            (m.layer, m.expert, m.count) for m in value_matrices(model.model) if m.layer == 1
+        ]
+        with torch.no_grad():
+            for matrix in matrices:
+                rows = vectors(made.model, matrix)
+                assert rows.shape == (matrix.count, 32)
+                rows[:7] *= -1  # a view of the parameter
+        found[kind] = logits(made)
+    assert torch.allclose(found["up"], found["down"], atol=1e-4)
+    assert not torch.allclose(found["gate"], found["down"], atol=1e-3)
+    assert not torch.allclose(found["up"], logits(model), atol=1e-3)
+
+
+def test_gate_and_up_rows_that_stand_in_turn_are_told_apart(monkeypatch):
+    shape = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6}
+    monkeypatch.setitem(CONFIGS, "gpt_oss", ("GptOssConfig", shape))
+    model = LanguageModel(*tiny("gpt_oss"))
+    matrices = {kind: neuron_matrices(model.model, kind)[5] for kind in ("up", "gate")}
+    assert {kind: m.part for kind, m in matrices.items()} == {"up": (1, 2, 128), "gate": (0, 2, 128)}
+    matrix = matrices["up"]
+    stack = model.model.get_parameter(matrix.name)
+    assert torch.equal(stack.flatten()[matrix.places(3)], vectors(model.model, matrix)[3])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "mixtral"])
+def test_places_of_a_neurons_entries_are_where_its_vector_is(architecture):
+    model = subject(architecture)
+    for kind in ("up", "down"):
+        matrix = neuron_matrices(model.model, kind)[-1]
+        flat = model.model.get_parameter(matrix.name).flatten()
+        assert torch.equal(flat[matrix.places(5)], vectors(model.model, matrix)[5])
+
+
+@pytest.mark.parametrize("architecture", PLAIN)
+def test_an_mlp_without_a_gate_has_up_rows_only(architecture):
+    model = subject(architecture)
+    assert len(reading_matrices(model.model)) == len(neuron_matrices(model.model)) == 3
+    with pytest.raises(SubjectError, match="has no gate matrix in its MLPs; it has up and down"):
+        neuron_matrices(model.model, "gate")
+
+
+def test_the_norm_in_front_of_the_mlp_is_the_one_whose_output_it_reads():
+    expected = {"llama": "post_attention_layernorm", "gemma2": "pre_feedforward_layernorm", "phi": "input_layernorm"}
+    for architecture, name in expected.items():
+        model = subject(architecture).model
+        assert front_norm(model) == name
+        assert front_norm(model.to("meta")) == name
+    with pytest.raises(SubjectError, match="no norm stands right in front of its MLPs"):
+        front_norm(subject("olmo2").model)
+
+
+# --- products in tiles ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "columns"), [(300, 7), (2048, 1024), (5000, 2048), (5000, 8192)])
+def test_the_best_tokens_of_any_tiling_are_those_of_the_dense_product(dtype, tokens, columns):
+    draw = torch.Generator().manual_seed(0)
+    head, rows = torch.randn(tokens, 48, generator=draw).to(dtype), torch.randn(40, 48, generator=draw).to(dtype)
+    dense = rows.double() @ head.double().T
+    readout = Readout(head)
+    best, worst = dense.topk(6), (-dense).topk(6)
+    found = {
+        s: project(readout, rows, 6, sign=s, rows=9, columns=columns, probabilities=True) for s in ("+", "-", "both")
+    }
+    assert torch.equal(found["+"].tokens.long(), best.indices)
+    assert torch.allclose(found["+"].scores.double(), best.values, rtol=1e-5)
+    assert torch.equal(found["-"].tokens.long(), worst.indices)
+    assert torch.allclose(found["-"].scores.double(), -worst.values, rtol=1e-5)
+    exact = 1e-4 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(found["+"].deviation.double(), dense.std(1, unbiased=False), rtol=exact)
+    assert torch.allclose(found["+"].log_sum.double(), dense.logsumexp(1), rtol=exact)
+    cosine = torch.cosine_similarity(rows.double(), head.double()[best.indices[:, 0]], dim=1)
+    assert torch.allclose(found["+"].cosine.double(), cosine, atol=1e-5)
+    lower = found["-"].z.abs() > found["+"].z
+    assert torch.equal(found["both"].tokens, torch.where(lower[:, None], found["-"].tokens, found["+"].tokens))
+    assert torch.equal(found["both"].z < 0, lower)
+    assert lower.any()
+    assert not lower.all()
+
+
+def test_a_longer_row_has_the_same_tokens_and_the_opposite_one_the_lowest():
+    draw = torch.Generator().manual_seed(1)
+    readout, rows = Readout(torch.randn(900, 32, generator=draw)), torch.randn(20, 32, generator=draw)
+    one, longer, opposite = (project(readout, factor * rows, 5) for factor in (1, 3, -1))
+    assert torch.equal(one.tokens, longer.tokens)
+    assert torch.allclose(3 * one.scores, longer.scores, rtol=1e-5)
+    assert torch.allclose(one.z, longer.z, rtol=1e-4)
+    assert torch.equal(opposite.tokens, project(readout, rows, 5, sign="-").tokens)
+
+
+def test_of_equal_scores_the_lowest_token_comes_first():
+    head = torch.zeros(3000, 4)
+    head[[2500, 17, 900], 0] = 1
+    for dtype in (torch.float32, torch.bfloat16):
+        found = project(Readout(head.to(dtype)), torch.eye(4)[:1], 3, columns=1024)
+        assert found.tokens.tolist() == [[17, 900, 2500]]
+
+
+def test_a_planted_token_is_found_and_stands_out_more_among_more_tokens():
+    draw = torch.Generator().manual_seed(0)
+    z = []
+    for tokens in (300, 30_000):
+        head = torch.nn.functional.normalize(torch.randn(tokens, 64, generator=draw), dim=1)
+        found = project(Readout(head), 0.3 * head[123:124], 1)
+        assert found.tokens.tolist() == [[123]]
+        assert float(found.cosine) == pytest.approx(1, abs=1e-5)
+        blind = project(Readout(head), torch.randn(200, 64, generator=draw), 1).z
+        z.append(float(blind.mean()))
+    assert z[1] > z[0] + 1
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that any operation gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        views = ("view", "slice", "split", "t.default", "transpose", "expand", "detach", "alias", "as_strided")
+        if not any(name in str(function) for name in views):
+            self.most = max([self.most, *(t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor))])
+        return found
+
+
+def test_scores_are_never_held_whole():
+    head, rows = torch.randn(20_000, 8), torch.randn(500, 8)
+    with Largest() as seen:
+        project(Readout(head), rows, 3, rows=64, columns=2048)
+    assert seen.most <= max(head.numel(), 64 * 2048)
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2_moe", "phi3"])
+def test_a_map_of_a_folder_read_piece_by_piece_is_that_of_the_loaded_model(architecture, tmp_path):
+    subject(architecture).save(tmp_path / "model")
+    whole = LanguageModel.load(tmp_path / "model")
+    bare, holding = opened(tmp_path / "model", device="cpu")
+    assert (holding is present) is (architecture == "qwen2_moe")  # its experts are put together while loading
+    if holding is not present:
+        assert next(bare.model.parameters()).is_meta
+    for settings in (Settings(k=4), Settings("down", k=4, sign="both", norm="input"), Settings(k=4, norm="final")):
+        folders = [tmp_path / f"{settings.matrix}-{settings.norm}-{side}" for side in "ab"]
+        mine = build(whole, folders[0], settings)
+        theirs = build(bare, folders[1], settings, holding=holding)
+        assert overlap(mine, theirs).first == overlap(mine, theirs).jaccard == 1
+        assert len(mine) == sum(m.count for m in value_matrices(whole.model))
+        again = load(folders[1])
+        assert again.words == mine.words
+        assert list(again.strongest(5)) == list(mine.strongest(5))
+    if holding is not present:
+        assert all(p.is_meta for p in bare.model.parameters())
+
+
+def test_entries_of_a_map_are_the_dense_products(tmp_path):
+    model = subject()
+    made = build(model, tmp_path / "map", Settings("gate", k=3, probabilities=True))
+    rows = vectors(model.model, neuron_matrices(model.model, "gate")[2])
+    scores = rows @ anatomy(model.model).lm_head[1].weight[: len(model.tokenizer)].T
+    one = made.neuron(Address(2, 40))
+    assert list(one.tokens) == scores[40].topk(3).indices.tolist()
+    assert one.scores == pytest.approx(scores[40].topk(3).values.tolist(), rel=2e-3)  # kept in 16 bits
+    assert one.lse == pytest.approx(float(scores[40].detach().logsumexp(0)), rel=1e-5)
+    z = (scores[40].max() - scores[40].mean()) / scores[40].std(unbiased=False)
+    assert one.z == pytest.approx(float(z), rel=2e-3)
+    with pytest.raises(SubjectError, match=r"the map has no neuron 7:1; it has layers 0-2 with neurons 0-63"):
+        made.neuron(Address(7, 1))
+
+
+def test_gains_are_multiplied_in_before_the_head(tmp_path):
+    model = subject()
+    block = anatomy(model.model).blocks[1].module
+    with torch.no_grad():
+        block.post_attention_layernorm.weight.copy_(torch.linspace(0.1, 3, 32))
+    made = build(model, tmp_path / "map", Settings(k=1, norm="input"), layers=[1])
+    rows = vectors(model.model, neuron_matrices(model.model)[1]) * block.post_attention_layernorm.weight
+    scores = rows @ anatomy(model.model).lm_head[1].weight[: len(model.tokenizer)].T
+    assert made.parts[0].tokens[:, 0].tolist() == scores.argmax(1).tolist()
+
+
+def test_a_killed_map_goes_on_and_only_layers_whose_weights_changed_are_read_again(tmp_path):
+    model, folder = subject(), tmp_path / "map"
+    done = []
+    build(model, folder, layers=[0, 1], progress=lambda *step: done.append(step))
+    assert done == [(1, 2), (2, 2)]
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("layer-*")}
+    (folder / "layer-001.safetensors").write_bytes(b"cut off")
+    with pytest.raises(TableError, match=r"layer-001.safetensors is damaged"):
+        load(folder)
+    whole = build(model, folder)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("layer-*")}
+    assert after["layer-000.safetensors"] == before["layer-000.safetensors"]
+    assert sorted(after) == ["layer-000.safetensors", "layer-001.safetensors", "layer-002.safetensors"]
+    changed = model.copy()
+    with torch.no_grad():
+        vectors(changed.model, neuron_matrices(changed.model)[2]).mul_(-1)
+    other = build(changed, folder)
+    last = {path.name: path.stat().st_mtime_ns for path in folder.glob("layer-*")}
+    assert [name for name in last if last[name] != after[name]] == ["layer-002.safetensors"]
+    assert overlap(whole, other).layers[1] == (1.0, 1.0)
+    assert overlap(whole, other).layers[2][0] < 0.1
+    with pytest.raises(MismatchError, match="holds a map with settings"):
+        build(model, folder, Settings(k=3))
+
+
+def test_overlap_is_symmetric_and_asks_for_one_tokenizer(tmp_path):
+    one, two = subject(), subject()
+    with torch.no_grad():
+        two.model.lm_head.weight.add_(0.05 * torch.randn(two.model.lm_head.weight.shape))
+    maps = [build(model, tmp_path / str(i), Settings(k=5)) for i, model in enumerate((one, two))]
+    forth, back = overlap(*maps), overlap(*maps[::-1])
+    assert forth == back
+    assert 0 < forth.first < 1
+    assert 0 < forth.jaccard < 1
+    tokens = [m.parts[0].tokens for m in maps]
+    by_hand = [len(set(a) & set(b)) / len(set(a) | set(b)) for a, b in zip(tokens[0].tolist(), tokens[1].tolist())]
+    assert forth.layers[0][1] == pytest.approx(sum(by_hand) / 64, rel=1e-5)
+    with pytest.raises(MismatchError, match="other tokens"):
+        overlap(maps[0], replace(maps[1], words=("a",)))
+    with pytest.raises(MismatchError, match="other neurons"):
+        overlap(maps[0], replace(maps[1], parts=maps[1].parts[:1]))
+
+
+def test_a_text_is_looked_up_with_and_without_a_space_and_in_any_case(tmp_path):
+    model = subject()
+    token = model.tokenizer(" born", add_special_tokens=False)["input_ids"]
+    assert len(token) == 1
+    head = Readout.of(model).head
+    rows = vectors(model.model, neuron_matrices(model.model)[1])
+    with torch.no_grad():
+        rows[9] = 3 * head[token[0]] / head[token[0]].norm() ** 2
+    made = build(model, tmp_path / "map", Settings(k=3))
+    assert set(token) <= set(made.tokens_of("Born"))
+    rank, best = made.naming("born", best=1)[0]
+    assert (rank, best.address, best.tokens[0]) == (0, Address(1, 9), token[0])
+    assert best.z == max(one.z for one in made.strongest(3))
+    assert made.naming("no such word") == made.naming(" ") == []
+    special = model.tokenizer.eos_token_id
+    assert not made.printable(special)
+    assert made.printable(token[0])
+    assert all(made.printable(one.tokens[0]) for one in made.strongest(20, printable=True))
+
+
+def test_what_is_no_map_is_refused(tmp_path):
+    with pytest.raises(TableError, match="holds no neuron map"):
+        load(tmp_path)
+    model = subject()
+    with pytest.raises(ParameterError, match="k = 400 best tokens"):
+        build(model, tmp_path / "a", Settings(k=400))
+    with pytest.raises(SubjectError, match="none called 9 has an MLP"):
+        build(model, tmp_path / "b", layers=[9])
+    build(model, tmp_path / "c", layers=[0])
+    about = json.loads((tmp_path / "c" / "map.json").read_text())
+    (tmp_path / "c" / "map.json").write_text(json.dumps({**about, "format": 99}))
+    with pytest.raises(TableError, match="map format 99"):
+        load(tmp_path / "c")
+
+
+# --- neurons that are held --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "opt"])
+def test_holding_a_neuron_at_what_it_gives_changes_nothing_and_elsewhere_adds_its_value_vector(architecture):
+    model = subject(architecture)
+    matrix = neuron_matrices(model.model)[1]
+    seen = []
+    owner = model.model.get_submodule(matrix.owner)
+    handle = owner.register_forward_hook(lambda _, __, output: seen.append(output))
+    before = logits(model, "I")  # one token: what it gives is one number
+    handle.remove()
+    own = float(seen[0].reshape(-1)[matrix.place(6)])
+    with clamping(model, {Address(1, 6): own}):
+        assert torch.equal(logits(model, "I"), before)
+    with clamping(model, {Address(1, 6): own + 3, Address(1, 7): 0.0}):
+        held = logits(model, "I")
+    assert torch.equal(logits(model, "I"), before)  # the hook is gone
+    assert not torch.allclose(held, before, atol=1e-4)
+    copy = clamped(model, {Address(1, 6): own + 3, Address(1, 7): 0.0})
+    assert torch.equal(logits(copy, "I"), held)
+    assert torch.equal(logits(model, "I"), before)
+    shared = dict(model.model.named_parameters())
+    assert all(shared[name] is p for name, p in copy.model.named_parameters())
+
+
+def test_a_gated_neuron_at_zero_is_one_without_a_value_vector():
+    model = subject()
+    cut = model.copy()
+    with torch.no_grad():
+        vector(cut.model, Address(2, 11)).zero_()
+    assert torch.allclose(logits(clamped(model, {Address(2, 11): 0.0})), logits(cut), atol=1e-5)
+
+
+def test_effects_are_differences_of_log_probabilities_and_the_better_sign_is_taken():
+    model = subject()
+    prompts = ["where was Ilva born?", "in the north", "the"]
+    matrix = neuron_matrices(model.model)[2]
+    size = deviations(model, prompts, matrix)
+    assert size.shape == (64,)
+    token = 100
+    found = effects(model, Address(2, 4), token, prompts, [-8 * float(size[4]), 8 * float(size[4])])
+    before = next_logprobs(model, prompts)[:, token]
+    for one in found:
+        held = clamped(model, {Address(2, 4): one.value})
+        after = torch.stack([logits(held, text)[0, -1].log_softmax(-1)[token] for text in prompts])
+        assert one.gain == pytest.approx(float((after - before).mean()), abs=1e-5)
+        assert one.probability == pytest.approx(float(after.exp().mean()), rel=1e-4)
+    assert strongest(found).gain == max(one.gain for one in found)
+    every = torch.cat([_outputs(model, matrix, text) for text in prompts])
+    assert torch.allclose(size, every.std(0), rtol=1e-5)
+    with pytest.raises(ParameterError, match="at least 1 prompt"):
+        effects(model, Address(2, 4), token, [], [0.0])
+    with pytest.raises(ParameterError, match="there is no token 9999"):
+        effects(model, Address(2, 4), 9999, prompts, [0.0])
+
+
+def _outputs(model, matrix, text):
+    seen = []
+    handle = model.model.get_submodule(matrix.owner).register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    logits(model, text)
+    handle.remove()
+    return seen[0]
+
+
+def test_the_guard_holds_neurons_in_every_operation_and_leaves_the_weights():
+    model = subject()
+    part = registry.get("methods", "clamp")
+    settings = part.resolve({"neurons": ["1:6", "2:9"], "value": 40.0})
+    guarded = part.function(GuardCase(model, {}), **settings)
+    plain = clamped(model, {Address(1, 6): 40.0, Address(2, 9): 40.0})
+    items = [((row.id, "answer"), model.encode(row)) for row in RETAIN]
+    assert guarded.score(items).logprob.tolist() == plain.score(items).logprob.tolist()
+    assert guarded.score(items).logprob.tolist() != model.score(items).logprob.tolist()
+    assert torch.equal(guarded.hidden(["the north"]), plain.hidden(["the north"]))
+    asked = [(("a", "q"), "where was Ilva born?")]
+    assert guarded.generate(asked, max_new_tokens=5).texts == plain.generate(asked, max_new_tokens=5).texts
+    assert guarded.detach() is model
+    assert guarded.fingerprint != model.fingerprint == guarded.copy().inner.fingerprint
+    assert guarded.copy().fingerprint == guarded.fingerprint
+    with torch.no_grad():  # whoever trains the model inside trains what is held
+        model.model.lm_head.weight.mul_(2)
+    assert torch.equal(logits(guarded), logits(clamped(model, {Address(1, 6): 40.0, Address(2, 9): 40.0})))
+    for wrong, sentence in (
+        ({"neurons": []}, "names none"),
+        ({"neurons": ["1:99"]}, "neurons 0-63"),
+        ({"neurons": ["one"]}, "no address"),
+    ):
+        with pytest.raises((RequestError, SubjectError), match=sentence):
+            part.function(GuardCase(model, {}), **part.resolve(wrong))
+    with pytest.raises(RequestError, match="not around another guard"):
+        part.function(GuardCase(guarded, {}), **settings)
+
+
+def test_neurons_of_fused_experts_cannot_be_held():
+    with pytest.raises(SubjectError, match="fused stacks, whose neurons show no output"):
+        clamped(subject("mixtral"), {Address(1, 3, 2): 0.0})
+    with pytest.raises(ParameterError, match="expected up or gate"):
+        clamped(subject(), {Address(1, 3): 0.0}, "down")
+
+
+# --- TARS -------------------------------------------------------------------------------------------------------------
+
+
+def tars(model, **settings):
+    case = EditCase(model, settings.pop("data", {"retain": RETAIN}), edits=settings.pop("edits", FACTS[:1]))
+    part = registry.get("methods", "tars")
+    return part.function(case, **part.resolve(settings)), case
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "mixtral"])
+def test_tars_turns_exactly_the_nearest_rows_and_keeps_their_lengths(architecture):
+    model = subject(architecture)
+    delta, case = tars(model, count=7)
+    after = delta.apply(model)
+    (about,) = case.summary["tars"].values()
+    cosines = about["cosines"]
+    assert len(cosines) == 7
+    assert cosines == sorted(cosines, reverse=True)
+    changed = []
+    for matrix in reading_matrices(model.model):
+        old, new = vectors(model.model, matrix), vectors(after.model, matrix)
+        for dim in (old != new).any(1).nonzero()[:, 0].tolist():
+            changed.append((old[dim], new[dim]))
+            assert [matrix.name, str(matrix.address(dim))] in about["rows"]
+    assert len(changed) == 7
+    for old, new in changed:
+        assert float(new.norm()) == pytest.approx(float(old.norm()), rel=1e-6)
+        for other in changed:
+            assert float(torch.cosine_similarity(new, other[1], dim=0)) == pytest.approx(1, abs=1e-5)
+    # The rows that were nearest to the vector now point away from it.
+    away = -changed[0][1] / changed[0][1].norm()
+    every = torch.cat(
+        [vectors(model.model, m) @ away / vectors(model.model, m).norm(dim=1) for m in reading_matrices(model.model)]
+    )
+    assert every.topk(7).values.tolist() == pytest.approx(cosines, abs=1e-3)
+    entries = sum(p.numel() for p in delta.entries[next(iter(delta.entries))].values())
+    assert entries <= 2 * 7 * 32
+    untouched = set(dict(model.model.named_parameters())) - set(delta.entries)
+    assert all(torch.equal(model.model.get_parameter(n), after.model.get_parameter(n)) for n in untouched)
+
+
+def test_a_targeting_vector_is_the_mean_of_the_draws_after_which_the_concept_is_most_probable():
+    model = subject()
+    with torch.no_grad():  # a random head is sure of nothing
+        model.model.lm_head.weight.mul_(5)
+    concept = Concept("Tivin", 150, ("Ilva was born in", "where was Carth born?"))
+    start = state(model, concept.prompts)
+    assert torch.allclose(
+        start, torch.stack([model.hidden([text])[0, -1] for text in concept.prompts]).mean(0), atol=1e-6
+    )
+    found = [targeted(model, concept, None, 1000, 0.3, 0.99, rounds, 0) for rounds in (1, 5)]
+    p0 = float(model.lens(start).softmax(-1)[150])
+    assert found[1][1] > 2 * found[0][1] > 4 * p0
+    for v, p in found:
+        assert float(model.lens(v).softmax(-1)[150]) == pytest.approx(p, rel=1e-4)
+    # Sure enough from the start: nothing is drawn.
+    assert torch.equal(targeted(model, concept, None, 1000, 0.3, p0 / 2, 5, 0)[0], start)
+    centred = targeted(model, concept, start, 1000, 0.3, 0.99, 1, 0)[0]
+    assert torch.allclose(centred, found[0][0] - start)
+
+
+def test_tars_takes_half_a_percent_of_all_rows_and_is_the_same_for_a_seed():
+    model = subject()
+    delta, case = tars(model)
+    (about,) = case.summary["tars"].values()
+    total = sum(matrix.count for matrix in reading_matrices(model.model))
+    assert len(about["rows"]) == max(1, round(0.005 * total)) == 2
+    again, _ = tars(model)
+    assert all(torch.equal(again.entries[n][k], delta.entries[n][k]) for n in delta.entries for k in delta.entries[n])
+    _, above = tars(model, threshold=about["cosines"][-1] - 1e-3)
+    (more,) = above.summary["tars"].values()
+    assert more["cosines"][:2] == about["cosines"]
+
+
+def test_concepts_are_the_answers_first_tokens_or_named_and_follow_one_another():
+    model = subject()
+    other = replace(FACTS[1], id="c", ground_truth=("Carth",))
+    _, case = tars(model, edits=[*FACTS, other])
+    found = case.summary["tars"]
+    assert len(found) == 2  # two facts share an answer
+    delta, case = tars(model, concept="north; North", prompts=("born in the", "was in the"), edits=[], count=2)
+    assert set(case.summary["tars"]) == {"north", "North"}
+    assert delta.apply(model).fingerprint != model.fingerprint
+    forget = [Row(id="f", prompt="where was Ilva born?", answer="Tivin", entity="Ilva")]
+    deleted, case = tars(model, edits=[], data={"forget": forget}, count=1)
+    assert len(next(iter(case.summary["tars"].values()))["rows"]) == 1
+    assert "whether the vector is common was not checked" in case.warnings[0]
+    assert deleted.kind == "sparse"
+
+
+def test_a_vector_that_stands_for_everything_is_refused_and_the_mean_can_be_taken_off():
+    model = subject()
+    with torch.no_grad():  # every state has one direction in common
+        model.model.model.embed_tokens.weight[:, 0] = 30.0
+    with pytest.raises(RequestError, match="the rows it finds serve everything"):
+        tars(model, noise=0.01)
+    _, case = tars(model, noise=0.01, centre=True)
+    (about,) = case.summary["tars"].values()
+    assert about["cosine_to_mean"] < 0.9
+
+
+def test_what_tars_cannot_use_is_refused():
+    model = subject()
+    for settings, sentence in (
+        ({"count": 0}, "count is 0"),
+        ({"share": 0.0}, "0 < share <= 1"),
+        ({"concept": "north"}, "expected a concept and 1 to 5 prompts"),
+        ({"threshold": 0.999}, "no row has a cosine above 0.999"),
+        ({"centre": True, "data": {}}, "centre needs retain rows"),
+        ({"edits": [replace(FACTS[0], ground_truth=())]}, "'ground_truth' is missing"),
+    ):
+        with pytest.raises((ParameterError, RequestError, RowError), match=sentence):
+            tars(model, **settings)
+    with pytest.raises(SubjectError, match="has no gate matrix"):
+        tars(subject("gpt2"), rows="gate")
+    v = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    gates = nearest(model, v, "gate", 0.1, None, None)
+    assert {matrix.name.rpartition(".")[0][-9:] for matrix, *_ in gates} == {"gate_proj"}
+
+
+# --- knowledge neurons ------------------------------------------------------------------------------------------------
+
+
+def kn(model, edits=FACTS[:1], **settings):
+    case = EditCase(model, settings.pop("data", {}), edits=edits, prefixes=("So they say.", "In the north."))
+    part = registry.get("methods", "kn")
+    return part.function(case, **part.resolve(settings)), case
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_attribution_is_the_integral_of_the_gradient_by_activations(architecture):
+    """Against plain passes in which the activations of one layer are replaced, and autograd through them."""
+    model = subject(architecture)
+    row = kn_module.asked(model, FACTS[0], "Tivin", "")
+    steps, layer = 4, 1
+    owner = model.model.get_submodule(value_matrices(model.model)[layer].owner)
+    at, ids = row.start - 1, torch.tensor([row.ids[:-1]])
+    seen = []
+    handle = owner.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+    logits_of = model.model(input_ids=ids).logits
+    handle.remove()
+    key = seen[0].reshape(1, -1, seen[0].shape[-1])[0, at]
+
+    def probability(activation):
+        def put(_, arguments):
+            states = arguments[0].clone().reshape(1, -1, len(key))
+            states[0, at] = activation
+            return (states.reshape(arguments[0].shape),)
+
+        handle = owner.register_forward_pre_hook(put)
+        said = model.model(input_ids=ids).logits[0].log_softmax(-1)
+        handle.remove()
+        places = range(row.start, len(row.ids))
+        return sum(said[i - 1, row.ids[i]] for i in places).exp()
+
+    total = torch.zeros_like(key)
+    for j in range(1, steps + 1):
+        a = (key * j / steps).requires_grad_(True)
+        total += torch.autograd.grad(probability(a), [a])[0]
+    found = kn_module.attribution(model, row, steps)[layer]
+    assert torch.allclose(found, key * total / steps, atol=1e-3 * float(found.abs().max()))
+    if architecture == "llama":  # completeness: scores add up to what silence costs
+        fine = kn_module.attribution(model, row, 200)[layer]
+        whole = float(probability(key.detach()) - probability(torch.zeros_like(key)))
+        assert float(fine.sum()) == pytest.approx(whole, rel=0.05, abs=1e-6)
+    assert logits_of.isfinite().all()
+
+
+def test_neurons_above_a_share_of_the_best_in_more_than_half_of_the_contexts_are_the_facts():
+    scores = torch.tensor([[0.1, 1.0], [0.31, -2.0]])
+    assert kn_module.above(scores, 0.3) == {Address(0, 1), Address(1, 0)}
+    assert kn_module.above(scores, 0.2) == {Address(0, 1), Address(1, 0)}
+    assert kn_module.above(scores, 0.05) == {Address(0, 0), Address(0, 1), Address(1, 0)}
+    assert kn_module.above(-scores.abs(), 0.3) == set()
+    a, b, c = Address(0, 1), Address(0, 2), Address(1, 0)
+    found = [{a, b}, {a, b}, {a}, {a, c}]
+    assert kn_module.agreed(found, 0.5) == [a]
+    assert kn_module.agreed(found, 0.49) == [a, b]
+    assert kn_module.agreed([{b}, {c}, {b}, set()], 0.0, most=True) == [b]
+    assert kn_module.agreed([set()], 0.0, most=True) == []
+
+
+def test_kn_moves_the_facts_neurons_from_the_old_answer_to_the_new_one():
+    model = subject()
+    delta, case = kn(model, steps=3)
+    neurons = [Address.parse(text) for text in case.summary["kn"]["facts"]["a"]["neurons"]]
+    assert neurons
+    after = delta.apply(model)
+    table = model.model.get_input_embeddings().weight
+    tokens = [model.encode(FACTS[0].row(answer=text)) for text in ("Tivin", "north")]
+    old, new = (table[one.ids[one.start]] for one in tokens)
+    for address in neurons:
+        change = vector(after.model, address) - vector(model.model, address)
+        assert torch.allclose(change, 2 * (new - old), atol=1e-5)
+    moved = sum(
+        int((vectors(after.model, m) != vectors(model.model, m)).any(1).sum()) for m in value_matrices(model.model)
+    )
+    assert moved == len(neurons)
+    assert delta.kind == "sparse"
+    erased, _ = kn(model, steps=3, erase=True)
+    assert not any(vector(erased.apply(model).model, address).any() for address in neurons)
+
+
+def test_forget_rows_are_erased_and_several_facts_share_a_neuron():
+    model = subject()
+    forget = [Row(id=f"f{i}", prompt="where was Ilva born?", answer="Tivin", entity="Ilva") for i in range(2)]
+    delta, case = kn(model, edits=(), data={"forget": forget}, steps=2)
+    assert case.summary["kn"]["erased"]
+    facts = case.summary["kn"]["facts"]
+    assert facts["f0"]["neurons"] == facts["f1"]["neurons"]
+    assert not vector(delta.apply(model).model, Address.parse(facts["f0"]["neurons"][0])).any()
+
+
+def test_what_kn_cannot_use_is_refused():
+    model = subject()
+    for settings in ({"steps": 0}, {"threshold": 1.0}, {"shared": -0.1}):
+        with pytest.raises(ParameterError, match="kn: expected steps"):
+            kn(model, **settings)
+    with pytest.raises(RowError, match="'ground_truth' is missing"):
+        kn(model, edits=[replace(FACTS[0], ground_truth=())])
+    with pytest.raises(SubjectError, match="is a mixture of experts"):
+        kn(subject("mixtral"))
+    with pytest.raises(SubjectError, match="embeddings of model have 16 entries"):
+        kn(subject("opt"), steps=2)
+    delta, _ = kn(subject("opt"), steps=2, erase=True)
+    assert math.isfinite(float(next(iter(delta.entries.values()))["value"].sum()))
