@@ -4,6 +4,7 @@
     edit success   acc(after; prompt, target)               rephrase  the same for other wordings
     portability    acc(after; x, y) for what follows from the new fact
     locality       share of y's tokens at which after and before choose alike, whatever they choose
+    fluency        n-gram entropy of the prompt and a sampled continuation
 
 Per edit the mean over sub-types of means over their prompts; then over the edits that have any. Teacher forcing knows
 the beginning of the answer and flatters (arXiv:2502.11177): what models write by themselves stands beside it.
@@ -12,7 +13,7 @@ the beginning of the answer and flatters (arXiv:2502.11177): what models write b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,17 @@ SENTENCES = {
     "written_rephrase": "How often the new answer is what the model writes when asked in other words.",
     "written_portability": "How often the model writes what follows from the new fact.",
     "fluency": "How varied the model's sentences are, in bits; a low value means that it repeats itself.",
+    "words": "How many words the model's sampled sentences have beyond the prompt; short ones vary little.",
 }
+WORDS: dict[str, dict[str, Any]] = {
+    name: {
+        "direction": "higher",
+        "ideal": "as before" if name in ("fluency", "words") else "1",
+        "sentence": sentence,
+    }
+    for name, sentence in SENTENCES.items()
+}
+"""What `gather` is told of each score."""
 SPARE = 4
 """Tokens that a written answer may be longer than the longest wanted one."""
 
@@ -68,7 +79,12 @@ class Answers:
     written: list[str]
     """Per question what it wrote by itself; "" where it was not asked to (locality)."""
     entropy: list[float]
-    """Per edit, of sampled continuations."""
+    """Per edit, of prompts with their sampled continuations."""
+    words: list[float] = field(default_factory=list)
+    """Per edit, of the continuations."""
+
+
+Keep = Callable[[str, Sequence[EditRow], Callable[[], Any], Callable[[Any], Answers]], Answers]
 
 
 def questions(edits: Sequence[EditRow]) -> list[Question]:
@@ -114,7 +130,7 @@ def ask(
     ]
     for i, texts in zip(wanted, subject.generate(prompts, max_new_tokens=longest).texts):
         written[i] = texts[0]
-    entropy = []
+    entropy, words = list[float](), list[float]()
     if fluency:
         started = [edit.generation or (edit.prompt,) for edit in edits]
         about = [
@@ -122,9 +138,53 @@ def ask(
             for edit, several in zip(edits, started)
             for i, text in enumerate(several)
         ]
-        said = iter(subject.generate(about, max_new_tokens=fluency, temperature=1.0, seed=seed).texts)
-        entropy = [float(np.mean([text_entropy(next(said)[0]) for _ in several])) for several in started]
-    return Answers(chosen, accuracy, written, entropy)
+        said = subject.generate(about, max_new_tokens=fluency, temperature=1.0, seed=seed).texts
+        whole = iter([(prompt, found[0]) for (_, prompt), found in zip(about, said)])
+        for several in started:
+            mine = [next(whole) for _ in several]
+            # As published: of the whole text.
+            entropy.append(float(np.mean([text_entropy(f"{prompt} {text}") for prompt, text in mine])))
+            words.append(float(np.mean([len(text.split()) for _, text in mine])))
+    return Answers(chosen, accuracy, written, entropy, words)
+
+
+def compared(
+    before: Any,
+    made: Sequence[Any],
+    *,
+    fluency: int = 100,
+    seed: int = 0,
+    keep: Keep | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[EditRow], list[Question], dict[str, Answers]]:
+    """Edits, questions and what the models before and after them answer.
+
+    Args:
+        made: changed models: each has `edits` and gives its `model()`. It is asked about its own edits.
+        keep: called with the model's role, edits, what makes the model and what asks it; may know the answers already.
+    """
+    edits: list[EditRow] = [one for found in made for one in found.edits]
+    asked = questions(edits)
+
+    def take(role: str, several: Sequence[EditRow], model: Callable[[], Any], own: Sequence[Question]) -> Answers:
+        def inquire(subject: Any) -> Answers:
+            return ask(subject, several, own, fluency=fluency, seed=seed)
+
+        return inquire(model()) if keep is None else keep(role, several, model, inquire)
+
+    first = take("before", edits, lambda: before, asked)
+    after = Answers([], [], [], [])
+    start = 0
+    for number, found in enumerate(made, start=1):
+        mine = range(start, start + len(found.edits))
+        start = mine.stop
+        own = [replace(one, edit=one.edit - mine.start) for one in asked if one.edit in mine]
+        said = take("after", found.edits, found.model, own)
+        for name in ("chosen", "accuracy", "written", "entropy", "words"):
+            getattr(after, name).extend(getattr(said, name))
+        if progress:
+            progress(number, len(made))
+    return edits, asked, {"before": first, "after": after}
 
 
 @torch.no_grad()
@@ -166,35 +226,15 @@ def scores(
     draws = Bootstrap(bootstrap, seed)
     measured: list[Measured] = []
     columns: dict[str, dict[int, float]] = {}
-
-    def add(name: str, each: dict[str, dict[int, float]], direction: str, ideal: str) -> None:
+    for name, each in by_edit(asked, answers).items():
         kept = sorted(each["after"])
-        if not kept:
-            return
         columns[name] = each["after"]
         rows = [edits[i].row() for i in kept]
         found = {}
         for role, values in each.items():
             array = np.array([values[i] for i in kept], dtype=np.float64)
             found[role] = [Values(Units.of(("edits", rows)), mean_of(array), array)]
-        measured.append(gather(name, found, draws, direction=direction, ideal=ideal, sentence=SENTENCES[name]))
-
-    before = answers["before"]
-    for part in SETS:
-        each = {}
-        for role, said in answers.items():
-            alike = part == "locality"
-            values = [_alike(a[0], b[0]) for a, b in zip(before.chosen, said.chosen)] if alike else said.accuracy
-            each[role] = _per_edit(asked, part, values)
-        add(part, each, "higher", "1")
-    for part, name in zip(SETS[:3], ("written", "written_rephrase", "written_portability")):
-        each = {
-            role: _per_edit(asked, part, [float(says(text, q.answers)) for text, q in zip(said.written, asked)])
-            for role, said in answers.items()
-        }
-        add(name, each, "higher", "1")
-    if before.entropy:
-        add("fluency", {role: dict(enumerate(said.entropy)) for role, said in answers.items()}, "higher", "as before")
+        measured.append(gather(name, found, draws, **WORDS[name]))
     notes = [
         "Teacher-forced scores know the answer's beginning and flatter; the written ones are what a user would see.",
     ]
@@ -207,12 +247,34 @@ def scores(
         models=models,
         measured=measured,
         headline=[name for name in ("edit_success", "rephrase", "locality", "portability") if name in columns],
-        tables=[*_by_kind(asked, answers), _by_edit(edits, asked, answers, columns)],
+        tables=[*by_kind(asked, answers), _by_edit(edits, asked, answers, columns)],
         notes=notes,
         rows={"edits": len(edits), "questions": len(asked)},
         data="edits",
         cost={},
     )
+
+
+def by_edit(asked: Sequence[Question], answers: dict[str, Answers]) -> dict[str, dict[str, dict[int, float]]]:
+    """Score to role to edit to value; scores that nothing was asked for are left out.
+
+    Args:
+        answers: of `before` and `after`, to the same questions.
+    """
+    before = answers["before"]
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for part in SETS:
+        for role, said in answers.items():
+            alike = part == "locality"
+            values = [_alike(a[0], b[0]) for a, b in zip(before.chosen, said.chosen)] if alike else said.accuracy
+            found.setdefault(part, {})[role] = _per_edit(asked, part, values)
+    for part, name in zip(SETS[:3], ("written", "written_rephrase", "written_portability")):
+        for role, said in answers.items():
+            right = [float(says(text, q.answers)) for text, q in zip(said.written, asked)]
+            found.setdefault(name, {})[role] = _per_edit(asked, part, right)
+    found["fluency"] = {role: dict(enumerate(said.entropy)) for role, said in answers.items()}
+    found["words"] = {role: dict(enumerate(said.words)) for role, said in answers.items()}
+    return {name: each for name, each in found.items() if each["after"]}
 
 
 def _alike(before: np.ndarray, after: np.ndarray) -> float:
@@ -228,7 +290,7 @@ def _per_edit(asked: Sequence[Question], part: str, values: Sequence[float]) -> 
     return {edit: float(np.mean([np.mean(several) for several in kinds.values()])) for edit, kinds in found.items()}
 
 
-def _by_kind(asked: Sequence[Question], answers: dict[str, Answers]) -> list[Table]:
+def by_kind(asked: Sequence[Question], answers: dict[str, Answers]) -> list[Table]:
     rows = []
     for part, kind in dict.fromkeys((one.part, one.kind) for one in asked if one.kind):
         at = [i for i, one in enumerate(asked) if (one.part, one.kind) == (part, kind)]

@@ -188,32 +188,22 @@ def measured(
     subject: LanguageModel, made: list[Edited], request: EditRequest, progress: Progress | None = None
 ) -> Scorecard:
     """Scores before and after; in a sequence after the last edit, so that what later edits undid shows."""
-    from .edit_scores import Answers, ask, questions, scores
+    from .edit_scores import compared, scores
 
-    edits: list[EditRow] = [one for found in made for one in found.edits]
-    asked = questions(edits)
-    settings = {"fluency": min(request.fluency, subject.context_length // 2), "seed": request.seed}
-    before = ask(subject, edits, asked, **settings)
-    after = Answers([], [], [], [])
-    first = 0
-    for number, found in enumerate(made, start=1):
-        mine = range(first, first + len(found.edits))
-        first = mine.stop
-        own = [replace(one, edit=one.edit - mine.start) for one in asked if one.edit in mine]
-        said = ask(found.model(), found.edits, own, **settings)
-        after.chosen += said.chosen
-        after.accuracy += said.accuracy
-        after.written += said.written
-        after.entropy += said.entropy
-        if progress:
-            progress("measure", number, len(made))
+    edits, asked, answers = compared(
+        subject,
+        made,
+        fluency=min(request.fluency, subject.context_length // 2),
+        seed=request.seed,
+        progress=None if progress is None else lambda done, total: progress("measure", done, total),
+    )
     models = [{"role": "before", "name": subject.name, "fingerprint": subject.fingerprint}]
     if len(made) == 1:
         models.append({"role": "after", "name": subject.name, "fingerprint": made[0].model().fingerprint})
     return scores(
         edits,
         asked,
-        {"before": before, "after": after},
+        answers,
         models=models,
         bootstrap=request.bootstrap,
         seed=request.seed,

@@ -92,7 +92,7 @@ def carry_out(
         raise ParameterError(f"{part.name} is of kind {part.card.kind}, expected an editor such as rome or ft_m")
     chosen = part.resolve(settings)
     edits = case.facts()
-    case.memory["edits"] = edits  # what is worked out once is about all of them
+    case.memory.setdefault("edits", edits)  # what is worked out once is about all of them
     if mode == "batch":
         return [Edited(case.base, (_step(part, case, chosen, edits, case.subject, {}),))]
     if mode not in ("one", "sequence"):
