@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,7 +95,11 @@ def test_what_a_published_row_lacks_is_counted(tmp_path):
         ("recent_test_json", [{**RECENT, "prompt": ""}], "row 1: field 'prompt' is missing"),
         ("recent_test_json", [{**RECENT, "locality": ["x"]}], "row 1: field 'locality' holds list, expected sub-types"),
         ("recent_test_json", [{**RECENT, "portability": {"a": "x"}}], "sub-type 'a' holds 'x', expected a list"),
-        ("recent_tset_json", [], "no file is called recent_test.json .recent, test., expected one. Did you mean recent"),
+        (
+            "recent_tset_json",
+            [],
+            "no file is called recent_test.json .recent, test., expected one. Did you mean recent",
+        ),
     ],
 )
 def test_files_that_cannot_be(tmp_path, name, content, sentence):
@@ -181,11 +184,10 @@ def test_the_mini_version_is_in_the_published_form_and_says_what_follows(tmp_pat
     for edit in sets["counterfact"].edits:
         person = world.people[edit.subject]
         (old,) = edit.ground_truth
-        assert old in (person.born_in, person.trade, person.teacher, person.work) and edit.target_new != old
+        assert old in (person.born_in, person.trade, person.teacher, person.work)
+        assert edit.target_new != old
         for probe in edit.portability.get("Reasoning", ()):
-            assert probe.answers == (
-                world.region.get(edit.target_new) or world.people[edit.target_new].born_in,
-            )
+            assert probe.answers == (world.region.get(edit.target_new) or world.people[edit.target_new].born_in,)
         assert {probe.prompt for probe in edit.locality["Relation_Specificity"]}.isdisjoint({edit.prompt})
     kinds = {kind for edit in sets["counterfact"].edits for kind in (*edit.portability, *edit.locality)}
     assert {"Subject_Aliasing", "Reasoning", "Logical_Generalization"} <= kinds
@@ -242,7 +244,8 @@ def test_every_data_set_has_its_scores(bench):
     assert ("bio", "portability") not in found
     assert found["convsent", "drawdown"].before.value == 0 < found["convsent", "drawdown"].after.value
     before, after = (getattr(found["convsent", "edit_success"], role).value for role in ("before", "after"))
-    assert 0 < before < 1 and 0 < after < 1
+    assert 0 < before < 1
+    assert 0 < after < 1
     assert found["sanitation", "edit_success"].before.value == 0
     assert found["sanitation", "edit_success"].n == 4
     assert found["sanitation", "unchanged"].before.value == 1
@@ -266,4 +269,3 @@ def test_two_models_are_compared_as_they_are(tiny_world, tmp_path):
 def test_only_editors_edit(bench):
     with pytest.raises(ParameterError, match="method npo is of kind optimise, expected an editor"):
         knowedit(bench, **get("benchmarks", "knowedit").resolve({"method": "npo"}))
-

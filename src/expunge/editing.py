@@ -28,7 +28,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import registry
-from .edits import EditRow, read_edits
+from .edits import read_edits
 from .environment import environment
 from .errors import OutputError, ParameterError, RequestError, suggest
 from .evidence import Scorecard

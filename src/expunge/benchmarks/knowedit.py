@@ -87,7 +87,9 @@ def knowedit(
     notes.append(
         "Teacher-forced scores know the answer's beginning and flatter; the written ones are what a user would see."
     )
-    notes.append("Asked as they are; no edit was made." if compares else f"Every edit by itself over the base: {about}.")
+    notes.append(
+        "Asked as they are; no edit was made." if compares else f"Every edit by itself over the base: {about}."
+    )
     notes.append("convsent's locality is a divergence (drawdown): lower is better. Harmonic means are ours.")
     return run.scorecard(
         scores,

@@ -156,7 +156,7 @@ def _probes(value: Any, where: str, aliases: str, counts: Counter[str]) -> dict[
                 counts["prompts have no answer and are not asked"] += 1
                 continue
             answers = answers[:1] if aliases == "first" else answers
-            kept.setdefault(KINDS.get(name.lower(), name), []).append({**one, "ground_truth": answers})
+            kept.setdefault(KINDS.get(str(name).lower(), str(name)), []).append({**one, "ground_truth": answers})
     return kept
 
 
@@ -188,8 +188,8 @@ def opinions(path: Path, limit: int = 0) -> list[Opinion]:
         for name in ("pos", "neg"):
             if not values[name] or not all(isinstance(text, str) and text.strip() for text in values[name]):
                 raise RowError(f"{where}: field {name!r} is {shown(values[name])}, expected sentences")
-        sentences = (tuple(values[name]) for name in ("pos", "neg"))
-        found.append(Opinion(f"{path.stem}/{number}", values["ent"], *sentences, source=where))
+        positive, negative = (tuple(values[name]) for name in ("pos", "neg"))
+        found.append(Opinion(f"{path.stem}/{number}", values["ent"], positive, negative, where))
     if len(found) < 2:
         raise RowError(f"{path}: {len(found)} rows, expected at least 2: drawdown is measured on another entity")
     return found
@@ -208,9 +208,7 @@ def erasures(train: Path, test: Path, limit: int = 0) -> list[Erasure]:
     rows = {name: _asked(path, name) for name, path in lists.items()}
     found = []
     for value in dict.fromkeys(one.answer.casefold() for one in rows["K_F"]):
-        forget, refused = (
-            [one for one in rows[name] if one.answer.casefold() == value] for name in ("K_F", "success")
-        )
+        forget, refused = ([one for one in rows[name] if one.answer.casefold() == value] for name in ("K_F", "success"))
         kept = [one for one in rows["locality"] if one.answer.casefold() != value]
         for name, several in (("success", refused), ("locality", kept)):
             if not several:
@@ -244,7 +242,8 @@ def _asked(path: Path, name: str) -> list[Asked]:
             if not isinstance(value, str) or not value.strip():
                 raise RowError(f"{path}: {name}, row {number}: field {key!r} is {shown(value)}, expected text")
             values[key] = value
-        found.append(Asked(*values.values(), subject=str(row.get("subject") or "")))
+        subject = str(row.get("subject") or "")
+        found.append(Asked(values["question"], values["ground_truth"], values["target_new"], subject))
     return found
 
 

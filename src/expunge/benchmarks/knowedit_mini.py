@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,5 +204,3 @@ def _sanitation(world: World) -> dict[str, dict[str, list[dict[str, Any]]]]:
         edited += several[: min(EACH, half)]
         tested += several[half : half + EACH]
     return {"train": {"K_F": edited, "K_R": kept[::2]}, "test": {"success": tested, "locality": kept[1::2]}}
-
-
