@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import catalogue, deltas, editing, ledger, measure, serve, work, world
+from .commands import catalogue, deltas, editing, exact, ledger, measure, serve, work, world
 from .commands.console import remark, say
 from .errors import LaunchError
 from .processes import end, launched
@@ -64,6 +64,7 @@ app.command()(catalogue.schema)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(world.app, name="world")
 app.add_typer(deltas.app, name="delta")
+app.add_typer(exact.app, name="exact")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -93,6 +93,12 @@ class DeltaError(ExpungeError):
     code = "E420"
 
 
+class EnsembleError(ExpungeError):
+    """A folder is no ensemble of kind `exact`, is damaged, or has nothing left that answers."""
+
+    code = "E430"
+
+
 class OutputError(ExpungeError):
     """The output folder cannot be written or holds another run."""
 

@@ -37,7 +37,7 @@ EVENTS = (
 FIELDS = (
     "request",  # hash of the request
     "run",  # key of the run
-    "kind",  # change, audit or serve
+    "kind",  # change, audit, delete or serve
     "rows",  # counts by set
     "entities",
     "fingerprints",  # salted hashes by set

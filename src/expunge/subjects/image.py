@@ -281,7 +281,7 @@ class ImageClassifier:
 
     def _states(self, pixels: Sequence[Tensor], taps: Taps) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        blocks = structure(self.model).blocks
+        blocks = structure(self.model).blocks if taps.layers else ()
         missing = [layer for layer in taps.layers if not 0 <= layer < len(blocks)]
         if missing:
             raise SubjectError(f"{self.name} has blocks 0-{len(blocks) - 1}, there is no block {missing[0]}")

@@ -387,7 +387,7 @@ def _working_copy(
     if resolved.lora is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(case.seed)
-            _add_adapters(working.model, resolved.lora)
+            add_adapters(working.model, resolved.lora)
         if resolved.lora.init in PRINCIPAL:
             forget, retain = _measured(case)
             about = fila.start(working, resolved.lora, forget, retain, seed=case.seed)
@@ -417,7 +417,7 @@ def _measured(case: Preparation) -> tuple[list[Encoded], list[Encoded]]:
     return forget, retain
 
 
-def _add_adapters(model: nn.Module, spec: LoraSpec) -> None:
+def add_adapters(model: nn.Module, spec: LoraSpec) -> None:
     """Put an adapter on every target, in place."""
     from peft import inject_adapter_in_model
 

@@ -19,6 +19,8 @@ class Recipe:
     side: int = 32
     widths: tuple[int, ...] = (16, 32, 64)
     """Of the residual network's stages, one block each; the transformer's width is the last."""
+    patches: int = 8
+    """Along a side, of the transformer."""
     epochs: float = 8.0
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -50,7 +52,7 @@ def untrained(classes: Sequence[str], recipe: Recipe, seed: int) -> ImageClassif
             num_attention_heads=4,
             intermediate_size=2 * width,
             image_size=recipe.side,
-            patch_size=recipe.side // 8,
+            patch_size=recipe.side // recipe.patches,
             hidden_dropout_prob=0.0,
             **labels,
         )
