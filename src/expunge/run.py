@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import processes, registry
-from .cards import card_dict
+from .cards import MethodCard, card_dict
 from .environment import environment, versions
 from .errors import LaunchError, OutputError, RequestError
 from .evidence import Evidence
@@ -155,6 +155,11 @@ def check_fit(request: Request, data: Mapping[str, list[Row]], subject: Language
     _encode(data, subject)
     part = registry.get("methods", request.method_name)
     settings = part.resolve(request.method_settings)
+    if isinstance(part.card, MethodCard) and "training_checkpoints" in part.card.requires:
+        raise RequestError(
+            f"{part.name} owns training, so a request cannot carry it out: `expunge exact train` lays the rows out and "
+            "trains, `expunge exact delete` deletes (docs/exact.md)"
+        )
     if part.card.kind == "edit":
         from .methods.optimise.scope import resolve
 

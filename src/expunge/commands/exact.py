@@ -29,7 +29,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 ...", show_de
 
 @app.callback()
 def group() -> None:
-    """Training laid out for deletion: train, delete rows, verify, answer."""
+    """Ensembles whose training is laid out for deletion."""
 
 
 @app.command()
@@ -107,7 +107,7 @@ def train(
     from ..registry import get
 
     part = get("methods", method)
-    if part.card.kind != "exact" or "shards" not in part.parameters.model_fields:  # type: ignore[union-attr]
+    if "training_checkpoints" not in part.card.requires:  # type: ignore[union-attr]
         raise ParameterError(f"--method {method} lays no ensemble out; expected s3t or sisa")
     settings = part.resolve(assignments(set_ or []))
     subject, read = _opened(base, device, dtype)

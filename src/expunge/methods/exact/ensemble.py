@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from ...environment import versions
-from ...errors import EnsembleError, MismatchError, ParameterError, RequestError, RowError, nearest
+from ...errors import EnsembleError, MismatchError, ParameterError, RowError, nearest
 from ...files import complete_folder, save_tensors, write_text
 from ...tables.store import content_key
 from .averaged import averaged
@@ -513,15 +513,7 @@ def fit(
 
     Args:
         settings: the method's parameters; those of stages have the names they have in `Settings`.
-
-    Raises:
-        RequestError: the method was named in a request.
     """
-    if not isinstance(case, ExactCase):
-        raise RequestError(
-            f"{method} owns training, so a request cannot carry it out: `expunge exact train` lays the rows out and "
-            "trains, `expunge exact delete` deletes (docs/exact.md)"
-        )
     stage = Settings(
         layer_wise=layer_wise,
         adapters=adapters,
