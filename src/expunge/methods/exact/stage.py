@@ -79,13 +79,8 @@ class Stages:
 
     def _adapters(self, group: Sequence[int]) -> LoraSpec:
         s = self.settings
-        modules = s.modules
-        if modules == "all" and isinstance(self.subject, ImageClassifier):  # without an anatomy: by name
-            inside = structure(self.subject.model).blocks[0].name + "."
-            linear = [n for n, m in self.subject.model.named_modules() if isinstance(m, nn.Linear)]
-            modules = "|".join(dict.fromkeys(n.rpartition(".")[2] for n in linear if n.startswith(inside)))
         alpha = s.alpha * s.rank**0.5 if s.rslora else s.alpha
-        scope = f"lora(r={s.rank}, alpha={alpha}, modules={modules}, layers={group[0]}-{group[-1]})"
+        scope = f"lora(r={s.rank}, alpha={alpha}, modules={s.modules}, layers={group[0]}-{group[-1]})"
         spec = resolve(scope, self.subject.model).lora
         assert spec is not None
         return spec
