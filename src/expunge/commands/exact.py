@@ -41,7 +41,7 @@ def plan(
     ] = None,
     requests: Annotated[list[int] | None, typer.Option(help="Usable share after so many.", show_default="1 10")] = None,
     trials: Annotated[int, typer.Option(min=2, help="Simulated ensembles.")] = 4000,
-    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the simulation.")] = 0,
     json: Json = False,
 ) -> None:
     """Say how many deletions a layout serves.

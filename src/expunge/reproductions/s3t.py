@@ -139,7 +139,7 @@ class _Made:
 
     def costs(self, pair: Ensemble, long: Ensemble, sisa: Ensemble, seed: int) -> dict[str, Any]:
         """Real deletions: what they take, and whether what is left is what training without the rows gives."""
-        gone = np.random.default_rng(seed).permutation(len(self.rows))[:6].tolist()
+        gone = np.random.default_rng([seed, 1]).permutation(len(self.rows))[:6].tolist()
         names = [self.rows[i].id for i in gone]
         decided, whole = [], []
         left = long
@@ -205,7 +205,7 @@ def _stream(
     many = [ensemble.design.orders[k][:budget] for k in range(SHARDS)]
     known: dict[tuple[Order, ...], float] = {}
     curves = np.zeros((STREAMS, REQUESTS + 1))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 2])
     for stream in range(STREAMS):
         hit: list[set[int]] = [set() for _ in range(SHARDS)]
         for request, place in enumerate([-1, *rng.permutation(len(where))[:REQUESTS].tolist()]):
@@ -245,6 +245,7 @@ NOTES = [
     "An ensemble without any shard that answers is counted as guessing, 0.1.",
     "Streams: 200 of 24 random rows each; accuracy is that of real chains, whichever are left, the mean of logits over "
     "shards. SISA here serves the checkpoint before the hit slice, or (`retrained`) is trained from there on.",
+    "Four slices leave one block for a stage: compare S3T and SISA before deletions.",
     "The paper's models (ViT base and large, RoBERTa, Llama) and its data sets are not repeated.",
 ]
 

@@ -31,7 +31,9 @@ def cells(count: int, shards: int, slices: int, *, seed: int, shuffle: bool = Tr
             f"{count} rows cannot fill {shards} shards of {slices} slices; expected at least {shards * slices} rows, "
             "or fewer shards or slices"
         )
-    order = np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
+    # A stream of its own: whoever draws rows to delete with the same seed must not draw them in this sequence.
+    rng = np.random.default_rng([seed, 0x5A])
+    order = rng.permutation(count) if shuffle else np.arange(count)
     found: list[Cell] = [(0, 0)] * count
     for first, outer in enumerate(np.array_split(order, shards if shuffle else slices)):
         for second, inner in enumerate(np.array_split(outer, slices if shuffle else shards)):

@@ -41,7 +41,7 @@ def s3t(
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0,
     classes: tuple[str, ...] = (),
-    seed: int = 0,
+    seed: Annotated[int, Field(ge=0)] = 0,
 ) -> Ensemble:
     """Sequence-aware sharded sliced training: stage i of an order teaches the i-th group of blocks from the top, and
     the head, on the first i slices; a deletion leaves out the stages that have seen the row, and another order answers.

@@ -37,7 +37,7 @@ def sisa(
     weight_decay: Annotated[float, Field(ge=0)] = 0.0,
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0,
     classes: tuple[str, ...] = (),
-    seed: int = 0,
+    seed: Annotated[int, Field(ge=0)] = 0,
 ) -> Ensemble:
     """Sharded, isolated, sliced and aggregated training: a shard learns slice 0, then slices 0 and 1, and so on; a
     deletion goes back to the checkpoint before the row's slice, from where the shard is retrained without it.
