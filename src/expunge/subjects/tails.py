@@ -205,12 +205,27 @@ class Tails:
         self._pass = self._whole
         if self._can_cut(cache):
             self._cut(cache)
-            if not self._agrees():
-                self._pass = self._whole
+            self._pass = self._first
 
     def states(self, change: Tensor) -> Tensor:
         """(states read, d) where `change` (n, d) is added to what the MLP gives at each text's token."""
         return self._pass(change)
+
+    def _first(self, change: Tensor) -> Tensor:
+        """The first pass proves tails on this model: without a change their states are those of the whole pass."""
+        self._pass = self._whole
+        try:
+            self.calls, self.spared = self._recorded(), self._places()
+            found = self._tail(change)
+            with torch.no_grad():
+                still = self._tail(torch.zeros_like(change)) if bool(change.any()) else found
+        except Exception:  # any failure means that this model's tails do not run alone
+            return self._whole(change)
+        tolerance = 1e-4 if self.subject.dtype in (torch.float32, torch.float64) else 5e-2
+        if not bool((still.detach() - self.clean).abs().max() <= tolerance * self.clean.abs().max()):
+            return self._whole(change)
+        self._pass = self._tail
+        return found
 
     def _wanted(self, states: Tensor) -> Tensor:
         return states.flatten(0, 1)[self.read]
@@ -259,7 +274,6 @@ class Tails:
                 at = index[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
                 parts.append(part.gather(2, at))
             self.layers.append(_Fixed(*parts))
-        self._pass = self._tail
 
     def _tail(self, change: Tensor) -> Tensor:
         """The blocks above on the tails, each called with what the decoder itself called it with."""
@@ -288,27 +302,36 @@ class Tails:
 
         def record(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             others = {name: value for name, value in named.items() if name != "hidden_states"}
-            calls.append((block, arguments[1:], others))
+            calls.append((block.__dict__["block"], arguments[1:], others))
 
-        handles = [subject.model.get_submodule(name) for name in names[self.layer + 1 :]]
+        handles = []
         try:
-            for name in names[: self.layer + 1]:
+            for number, name in enumerate(names):  # what blocks are called with is asked, not what they give
                 key = name.rpartition(".")[2]
                 block = before[key]
                 assert block is not None
-                owner._modules[key] = _Skipped(block, subject._others)
-            with hooked([block.register_forward_pre_hook(record, with_kwargs=True) for block in handles]):
+                stand_in = owner._modules[key] = _Skipped(block, subject._others)
+                if number > self.layer:
+                    handles.append(stand_in.register_forward_pre_hook(record, with_kwargs=True))
+            with torch.no_grad():
                 subject.decoder(input_ids=torch.zeros_like(self.positions), use_cache=True, **more)
         finally:
             owner._modules.update(before)
         return calls
 
-    def _sparing(self) -> list[Any]:
-        """Hooks under which the last MLP runs only on the states that are read."""
+    def _places(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Modules into and out of the last MLP, which runs only on the states that are read."""
         block = anatomy(self.subject.model).blocks[-1]
         if self.layer == block.index or block.experts:
-            return []
+            return [], []
 
+        def owners(names: Sequence[str]) -> list[nn.Module]:
+            return [self.subject.model.get_submodule(p) for p in dict.fromkeys(n.rpartition(".")[0] for n in names)]
+
+        return owners((*block.mlp_in, *block.mlp_gate)), owners(block.mlp_out)
+
+    def _sparing(self) -> list[Any]:
+        """Hooks under which the last MLP runs only on the states that are read."""
         shape: list[torch.Size] = []  # some MLPs see tokens of all rows in one axis
 
         def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -319,22 +342,9 @@ class Tails:
             whole = output.new_zeros(self.columns.numel(), output.shape[-1])
             return whole.index_copy(0, self.read, output).view(*shape[0], -1)
 
-        def owners(names: Sequence[str]) -> list[nn.Module]:
-            return [self.subject.model.get_submodule(p) for p in dict.fromkeys(n.rpartition(".")[0] for n in names)]
-
-        handles = [owner.register_forward_pre_hook(gather) for owner in owners((*block.mlp_in, *block.mlp_gate))]
-        return [*handles, *(owner.register_forward_hook(scatter) for owner in owners(block.mlp_out))]
-
-    @torch.no_grad()
-    def _agrees(self) -> bool:
-        """Whether tails without a change have the states of the whole pass."""
-        try:
-            self.calls = self._recorded()
-            found = self._tail(self.clean.new_zeros(len(self.texts), self.matrix.width))
-        except Exception:  # any failure means that this model's tails do not run alone
-            return False
-        tolerance = 1e-4 if self.subject.dtype in (torch.float32, torch.float64) else 5e-2
-        return bool((found - self.clean).abs().max() <= tolerance * self.clean.abs().max())
+        into, out = self.spared
+        handles = [module.register_forward_pre_hook(gather) for module in into]
+        return [*handles, *(module.register_forward_hook(scatter) for module in out)]
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()

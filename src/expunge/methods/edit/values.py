@@ -26,6 +26,7 @@ from ...rows import Row
 from ...subjects.language import TOKEN_BUDGET, LanguageModel
 from ...subjects.packed import Encoded
 from ...subjects.tails import Looked, Tails, look
+from ..optimise.importance import flowing
 from .case import EditCase
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
@@ -264,7 +265,8 @@ def _together(subject: LanguageModel, group: list[Fact], layer: int, settings: S
         norm = delta.square().sum(-1).clamp_min(1e-24).sqrt()
         return total + settings.decay * norm / size.square()
 
-    delta, log = _descend(losses, torch.zeros(len(group), tails.matrix.width, device=device), size, settings)
+    with flowing(subject.model, []):  # a graph of what delta moves, and of nothing else
+        delta, log = _descend(losses, torch.zeros(len(group), tails.matrix.width, device=device), size, settings)
     wrong = [fact.edit for fact, row in zip(group, delta) if not bool(row.isfinite().all())]
     if wrong:
         raise TrainingError(
