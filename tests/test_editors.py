@@ -34,6 +34,7 @@ WRITERS = {
     "alphaedit": {"layers": (0, 1), "steps": 4, "clamp": 50.0},
     "ft_l": {"layer": 1, "steps": 3},
     "ft_m": {"layer": 1, "steps": 3},
+    "lora_edit": {"steps": 3},
 }
 
 

@@ -99,8 +99,9 @@ def bench(
 def _of_run(folder: Path) -> tuple[Any, Any, World | None]:
     """(the changed model, the model before, the world the latter lies in) of a run's folder."""
     from .deltas import Delta
+    from .methods.edit.operations import changed
     from .request import load, read_data
-    from .run import changed, load_subject
+    from .run import load_subject
 
     request = load(folder / "request.json")
     before = load_subject(request)

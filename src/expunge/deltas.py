@@ -2,8 +2,8 @@
 
 The delta is the truth: the changed model of a run *is* base + delta, so the same file always gives the same weights.
 An entry of a delta is dense (the difference), a slice (differences of some places on the first axis: experts), sparse
-(indices and differences) or low-rank (B @ A times a scale); a guard's delta is its configuration. Differences are fp32
-whatever the base's type.
+(indices and differences), low-rank (B @ A times a scale) or a memory beside the matrix (subjects/memory.py); a guard's
+delta is its configuration. Differences are fp32 whatever the base's type.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .errors import DeltaError, MismatchError
 from .files import complete_folder, save_tensors
 from .subjects.language import LanguageModel
+from .subjects.memory import CODEBOOK, SIDE, attach, joined
 from .subjects.quantised import dense_weight, is_quantised
 
 FORMAT = 1
@@ -32,8 +33,11 @@ FORMS = {
     "slice": {"difference", "slice"},
     "low_rank": {"A", "B", "scale"},
     "sparse": {"index", "value"},
+    "codebook": CODEBOOK,
+    "side": SIDE,
 }
-NO_WEIGHTS = ("scale", "index", "slice")
+MEMORIES = ("codebook", "side")
+NO_WEIGHTS = ("scale", "index", "slice", "labels", "reach", "edit", "shard", "least", "ratio", "density")
 """Tensors of an entry that say where or how much, and are not counted as parameters."""
 
 
@@ -45,16 +49,16 @@ class Delta:
     """Fingerprint of the subject it was made on."""
     entries: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Parameter name to tensors: {difference}, {difference (k, ...), slice (k,)}, {A (r, columns), B (rows, r),
-    scale ()} or {index (n,), value (n,)}."""
+    scale ()}, {index (n,), value (n,)} or a memory."""
     lineage: dict[str, Any] = field(default_factory=dict)
     result: str = ""
     """Fingerprint of base + delta, where known."""
     config: dict[str, Any] | None = None
-    """A guard's name and settings; then there are no entries."""
+    """A guard's name and settings, and the facts that it tells; then there are no entries."""
 
     @property
     def kind(self) -> str:
-        """dense, slice, low_rank, sparse, mixed, guard or empty."""
+        """dense, slice, low_rank, sparse, codebook, side, mixed, guard or empty."""
         if self.config is not None:
             return "guard"
         forms = {_form(name, entry) for name, entry in self.entries.items()}
@@ -115,13 +119,19 @@ class Delta:
         for name in self.entries:
             if name not in own:
                 raise MismatchError(f"{subject.name} has no tensor {name}, which the delta changes")
-        memo: dict[int, Any] = {id(p): p for name, p in own.items() if name not in self.entries}
-        memo |= {id(buffer): buffer for name, buffer in subject.model.named_buffers() if name not in self.entries}
+        beside = [name for name, entry in self.entries.items() if _form(name, entry) in MEMORIES]
+        if beside and scale != 1:
+            raise DeltaError(f"tensor {beside[0]}: a memory is there or it is not, it cannot be put on {scale} times")
+        changed = self.entries.keys() - set(beside)
+        memo: dict[int, Any] = {id(p): p for name, p in own.items() if name not in changed}
+        memo |= {id(buffer): buffer for name, buffer in subject.model.named_buffers() if name not in changed}
         model = copy.deepcopy(subject.model, memo)
-        own |= _dense_again(model, [name for name in self.entries if is_quantised(own[name])])
+        own |= _dense_again(model, [name for name in changed if is_quantised(own[name])])
         moved = moving(model)
         with torch.no_grad():
-            for name in self.entries:
+            for name in beside:
+                attach(model, name, self.entries[name])
+            for name in changed:
                 target = moved[name]
                 if "slice" in self.entries[name]:
                     self._move_slice(name, target, own[name], scale)
@@ -154,7 +164,11 @@ class Delta:
         target[places] = (own[places].float() + scale * change).to(target.dtype)
 
     def negate(self) -> Delta:
-        """The delta that leads from the changed model back to the base."""
+        """The delta that leads from the changed model back to the base.
+
+        Raises:
+            DeltaError: it is a memory, which can only be left out.
+        """
         return replace(self._map(lambda t: -t), base=self.result or self.base, result=self.base)
 
     def scaled(self, factor: float) -> Delta:
@@ -162,6 +176,11 @@ class Delta:
         return replace(self._map(lambda t: factor * t), result="")
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Delta:
+        for name, entry in self.entries.items():
+            if _form(name, entry) in MEMORIES:
+                raise DeltaError(
+                    f"tensor {name}: a memory has no opposite and no share; use the base without the delta"
+                )
         moving = ("difference", "scale", "value")
         entries = {
             name: {key: function(t) if key in moving else t for key, t in entry.items()}
@@ -291,9 +310,9 @@ def compose(deltas: Sequence[Delta]) -> Delta:
     """
     if not deltas:
         raise DeltaError("0 deltas to stack, expected at least 1")
+    if any(delta.config is not None for delta in deltas):
+        return _told(deltas)
     for number, (first, second) in enumerate(itertools.pairwise(deltas), start=2):
-        if first.config is not None or second.config is not None:
-            raise DeltaError("a guard's delta changes no weights and cannot be stacked")
         if first.result and second.base != first.result:
             raise MismatchError(
                 f"delta {number} was made on {second.base[:12]}, the one before it ends at {first.result[:12]}"
@@ -306,8 +325,27 @@ def compose(deltas: Sequence[Delta]) -> Delta:
     return Delta(deltas[0].base, entries, lineage, deltas[-1].result)
 
 
+def _told(deltas: Sequence[Delta]) -> Delta:
+    """The facts of several guards of one kind together."""
+    configs = [delta.config or {} for delta in deltas]
+    frames = [{key: value for key, value in config.items() if key != "edits"} for config in configs]
+    if any("edits" not in config or frame != frames[0] for config, frame in zip(configs, frames)):
+        raise DeltaError(
+            "a guard's delta changes no weights; only facts told by one guard with the same settings stack"
+        )
+    config = {**frames[0], "edits": [edit for config in configs for edit in config["edits"]]}
+    return Delta(deltas[0].base, {}, {"stack": [delta.lineage for delta in deltas]}, config=config)
+
+
 def _summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One entry for several of one tensor: of places or low rank where all are, else dense."""
+    """One entry for several of one tensor: of places, low rank or memories where all are, else dense."""
+    forms = {_form(name, part) for part in parts}
+    if forms & set(MEMORIES):
+        if len(forms) > 1:
+            raise DeltaError(
+                f"tensor {name}: {' and '.join(sorted(forms))} entries cannot be stacked; apply one by one"
+            )
+        return joined(parts)
     if all("A" in part for part in parts) and _narrow(parts):
         scaled = [float(part["scale"]) * part["B"].float() for part in parts]
         return {

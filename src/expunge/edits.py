@@ -87,6 +87,17 @@ class EditRow:
             source=self.source,
         )
 
+    def record(self) -> dict[str, Any]:
+        """Plain values from which `edit_row` makes this edit again."""
+        plain = {name: getattr(self, name) for name in ("id", "prompt", "target_new", "subject", "kind")}
+        plain |= {name: list(getattr(self, name)) for name in ("ground_truth", "rephrasings", "generation")}
+        for name in ("locality", "portability"):
+            plain[name] = {
+                kind: [{"prompt": probe.prompt, "ground_truth": list(probe.answers)} for probe in several]
+                for kind, several in getattr(self, name).items()
+            }
+        return plain
+
 
 def read_edits(source: Source, name: str = "edits", *, targets: bool = True) -> list[EditRow]:
     """All edits of a file, folder or hub id, in order.

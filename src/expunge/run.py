@@ -213,19 +213,10 @@ def _suspect(model: str | Path | LanguageModel, request: Request, before: Langua
     folder = Path(model)
     if (folder / "delta" / "delta.json").is_file():
         from .deltas import Delta
+        from .methods.edit.operations import changed
 
         return changed(Delta.load(folder / "delta"), before, read_data(request))
     return load_subject(request, str(model))
-
-
-def changed(delta: Any, before: LanguageModel, data: dict[str, list[Row]]) -> Any:
-    """The subject a delta leads to: other weights, or a guard around the same ones."""
-    if delta.config is None:
-        return delta.apply(before)
-    from .methods.guard.case import GuardCase
-
-    part = registry.get("methods", delta.config["name"])
-    return part.function(GuardCase(before, data), **delta.config["settings"])
 
 
 @contextmanager
@@ -389,6 +380,7 @@ class _Job:
     def _change(self) -> dict[str, Any]:
         """Run the method, or read what it left before; afterwards `self.after` is the changed subject."""
         from .deltas import Delta
+        from .methods.edit.operations import changed
 
         done = self.folder / "method.json"
         if processes.once(lambda: done.is_file() and (self.folder / "delta" / "delta.json").is_file()):

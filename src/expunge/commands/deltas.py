@@ -49,6 +49,8 @@ def apply(
     The base itself is what undoes it. Name the request file as the base where it has a template of its own.
     """
     from ..deltas import Delta, compose
+    from ..errors import DeltaError
+    from ..subjects.memory import remembers
 
     found = [Delta.load(folder) for folder in deltas]
     delta = found[0] if len(found) == 1 else compose(found)
@@ -61,7 +63,13 @@ def apply(
         from ..subjects.language import LanguageModel
 
         subject = LanguageModel.load(base)
-    delta.apply(subject, scale=scale).save(out)
+    changed = delta.apply(subject, scale=scale)
+    place = remembers(changed.model)
+    if place:
+        raise DeltaError(
+            f"a model folder cannot hold the memory at {place}; keep base and delta, and serve them together"
+        )
+    changed.save(out)
     say(str(out))
 
 

@@ -36,11 +36,12 @@ def needed() -> None:
 def subject_of(model: str, deltas: Sequence[str], device: str | None, dtype: str | None) -> Any:
     """A model with deltas over it, one after the other."""
     from ..deltas import Delta
+    from ..methods.edit.operations import changed
     from ..subjects.language import LanguageModel
 
     subject = LanguageModel.load(model, device=device, dtype=dtype)
     for folder in deltas:
-        subject = Delta.load(folder).apply(subject)
+        subject = changed(Delta.load(folder), subject)
     return subject
 
 

@@ -54,6 +54,8 @@ class EditCase:
     """Texts put before a prompt while a fact's value is worked out; None: the model writes its own."""
     memory: dict[str, Any] = field(default_factory=dict)
     """What is worked out once for all edits over one base: statistics, prefixes."""
+    demonstrations: Sequence[EditRow] = ()
+    """Other facts, that show a model in its context how new facts are taken."""
     earlier: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """Keys (n, f) of earlier edits of a sequence, by layer, for methods that spare them."""
 
@@ -89,19 +91,16 @@ class EditCase:
         return [self.subject.encode(row) for row in self.data[rows]]
 
     def facts(self) -> list[EditRow]:
-        """The edits, or the forget rows as facts to be deleted; what has no new target gets a refusal, by the seed.
+        """What `targeted` makes of edits and forget rows.
 
         Raises:
             RequestError: there are neither.
             RowError: a forget row is a conversation or running text.
         """
-        edits = list(self.edits) or [_deletion(row) for row in self.data.get("forget", [])]
+        edits = targeted(self.edits, self.data.get("forget", []), self.seed)
         if not edits:
             raise RequestError("there is nothing to edit: 0 edits and 0 forget rows, expected at least 1")
-        lines = refusals()
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = [lines[int(torch.randint(len(lines), (1,), generator=generator))] for _ in edits]
-        return [edit if edit.target_new else replace(edit, target_new=line) for edit, line in zip(edits, drawn)]
+        return edits
 
     def moments(self, layers: Sequence[int], max_tokens: int) -> dict[int, Moment]:
         """Second moments of the base's keys, worked out once for all edits.
@@ -173,6 +172,19 @@ class EditCase:
         self.summary[phase] = {key: outcome.summary[key] for key in ("name", "settings", "steps", "tokens", "log")}
         self.warnings += [f"{phase}: {text}" for text in outcome.summary["warnings"]]
         return outcome
+
+
+def targeted(edits: Sequence[EditRow], forget: Sequence[Row], seed: int) -> list[EditRow]:
+    """The edits, or else the forget rows as facts to be deleted; what has no new target gets a refusal, by the seed.
+
+    Raises:
+        RowError: a forget row is a conversation or running text.
+    """
+    edits = list(edits) or [_deletion(row) for row in forget]
+    lines = refusals()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [lines[int(torch.randint(len(lines), (1,), generator=generator))] for _ in edits]
+    return [edit if edit.target_new else replace(edit, target_new=line) for edit, line in zip(edits, drawn)]
 
 
 def _deletion(row: Row) -> EditRow:

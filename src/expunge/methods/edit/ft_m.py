@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ...registry import edit
-from ...subjects.language import LanguageModel
-from ...subjects.packed import Pack
 from .case import Edit, EditCase
 from .traced import Layer
-from .tuning import tuned
+from .tuning import target_loss, tuned
 
 
 @edit(
@@ -31,11 +27,4 @@ def ft_m(
 
     `norm`: the furthest a weight may move, 0 for no bound. Facts of a batch weigh alike, whatever their length.
     """
-    return tuned(case, _loss, layer=layer, steps=steps, learning_rate=learning_rate, norm=norm)
-
-
-def _loss(model: LanguageModel, pack_: Pack, states: Tensor) -> Tensor:
-    logprob = model.head(states).float().log_softmax(-1).gather(1, pack_.target[:, None])[:, 0]
-    rows = len(pack_.rows)
-    length = logprob.new_zeros(rows).index_add(0, pack_.row, logprob.new_ones(len(logprob)))
-    return -(logprob.new_zeros(rows).index_add(0, pack_.row, logprob) / length).mean()
+    return tuned(case, target_loss, layer=layer, steps=steps, learning_rate=learning_rate, norm=norm)

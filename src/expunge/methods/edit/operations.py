@@ -10,15 +10,17 @@ the base itself, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...deltas import Delta, compose
-from ...edits import EditRow
+from ...edits import EditRow, edit_row
 from ...errors import DeltaError, ParameterError, suggest
-from ...registry import Part
+from ...registry import Part, get
+from ...rows import Row
 from ...subjects.language import LanguageModel
+from ..guard.case import GuardCase
 from .case import EditCase
 
 Mode = Literal["one", "batch", "sequence"]
@@ -52,10 +54,10 @@ class Edited:
         """All changes as one; None without any."""
         return compose([step.delta for step in self.steps]) if self.steps else None
 
-    def model(self) -> LanguageModel:
+    def model(self) -> Any:
         """The base with all changes; the base itself where there are none."""
         delta = self.delta
-        return self.base if delta is None else delta.apply(self.base)
+        return self.base if delta is None else changed(delta, self.base)
 
     def undo(self, name: str | None = None) -> Edited:
         """Without the last step, or without the one that made an edit; the others stay as they were made.
@@ -79,6 +81,27 @@ class Edited:
         return replace(self, steps=tuple(step for step in self.steps if step is not found))
 
 
+def changed(delta: Delta, base: LanguageModel, rows: Mapping[str, list[Row]] | None = None) -> Any:
+    """The subject a delta leads to: other weights, a memory beside them, or a guard around the same ones.
+
+    Args:
+        rows: what a guard is told that carries no facts of its own.
+    """
+    if delta.config is None or (rows is None and "edits" not in delta.config):
+        return delta.apply(base)
+    told = (
+        [edit_row(one, f"{name} of the delta", fallback="") for one in delta.config.get(name, [])]
+        for name in ("edits", "demonstrations")
+    )
+    part = get("methods", delta.config["name"])
+    return part.function(GuardCase(base, dict(rows or {}), *told), **delta.config["settings"])
+
+
+def edits(part: Part) -> bool:
+    """Whether a method makes edits: an editor, or a guard that tells facts."""
+    return part.card.kind == "edit" or "edits" in getattr(part.card, "needs", ())
+
+
 def carry_out(
     part: Part, case: EditCase, settings: dict[str, Any], mode: Mode, progress: Progress | None = None
 ) -> list[Edited]:
@@ -88,25 +111,25 @@ def carry_out(
         ParameterError: the method is no editor, or the mode unknown.
         ExpungeError: what the method raises.
     """
-    if part.card.kind != "edit":
+    if not edits(part):
         raise ParameterError(f"{part.name} is of kind {part.card.kind}, expected an editor such as rome or ft_m")
     chosen = part.resolve(settings)
-    edits = case.facts()
-    case.memory.setdefault("edits", edits)  # what is worked out once is about all of them
+    facts = case.facts()
+    case.memory.setdefault("edits", facts)  # what is worked out once is about all of them
     if mode == "batch":
-        return [Edited(case.base, (_step(part, case, chosen, edits, case.subject, {}),))]
+        return [Edited(case.base, (_step(part, case, chosen, facts, case.subject, {}),))]
     if mode not in ("one", "sequence"):
         raise ParameterError(f"mode is {mode!r}. {suggest(mode, ('one', 'batch', 'sequence'))}")
     found: list[Edited] = []
     current, earlier = Edited(case.base), dict[int, Any]()
-    for number, edit in enumerate(edits, start=1):
+    for number, edit in enumerate(facts, start=1):
         if mode == "one":
             found.append(Edited(case.base, (_step(part, case, chosen, [edit], case.base, {}),)))
         else:
             step = _step(part, case, chosen, [edit], current.model(), earlier)
             current = replace(current, steps=(*current.steps, step))
         if progress:
-            progress(number, len(edits))
+            progress(number, len(facts))
     return found if mode == "one" else [current]
 
 
@@ -118,6 +141,11 @@ def _step(
     subject: LanguageModel,
     earlier: dict[int, Any],
 ) -> Step:
+    if part.card.kind == "guard":
+        told = {"edits": [one.record() for one in edits], "demonstrations": [d.record() for d in case.demonstrations]}
+        delta = Delta(case.base.fingerprint, config={"name": part.name, "settings": settings, **told})
+        changed(delta, case.base)  # what cannot be told is said now
+        return Step(tuple(edits), delta)
     own = replace(case, subject=subject, origin=case.base, edits=edits, earlier=earlier, summary={}, warnings=[])
     delta = part.function(own, **settings)
     return Step(tuple(edits), replace(delta, base=case.base.fingerprint), own.summary, tuple(own.warnings))

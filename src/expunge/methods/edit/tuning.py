@@ -1,4 +1,4 @@
-"""Fine-tuning one MLP output matrix on facts: what `ft_l` and `ft_m` have in common.
+"""Fine-tuning one MLP output matrix on facts: what `ft_l`, `ft_m` and `wise` have in common.
 
 The matrix alone gets a gradient. Blocks below its layer run once, blocks from it on in every step.
 """
@@ -15,6 +15,7 @@ from ...errors import ParameterError, TrainingError
 from ...subjects.language import LanguageModel, Taps
 from ...subjects.packed import Encoded, Pack, pack
 from ...subjects.tails import edited_matrix
+from ...subjects.value_vectors import ValueMatrix
 from .case import EditCase
 from .traced import Layer, layer_of
 from .values import located
@@ -42,18 +43,13 @@ def tuned(case: EditCase, loss: Loss, *, layer: Layer, steps: int, learning_rate
     matrix = edited_matrix(case.subject, at)
     facts = located(case, 0)
     rows = [fact.lookups[0].tokens for fact in facts]
-    start = case.subject.model.get_parameter(matrix.name).detach().float()
-    # A copy that shares all but this matrix; the delta is 0 as yet.
-    nothing = {matrix.name: {"difference": torch.zeros_like(start, device="cpu")}}
-    working = Delta("", nothing).apply(case.subject, check=False)
-    weight = working.model.get_parameter(matrix.name)
-    weight.requires_grad_(True)
-    below = _below(case.subject, rows, at)
+    working, weight, start = copied(case.subject, matrix)
+    run = below(case.subject, rows, at)
     moving = torch.optim.Adam([weight], lr=learning_rate)
     losses: list[float] = []
     for _ in range(steps):
         with torch.enable_grad():
-            value = below(working, loss)
+            value = run(working, loss)
         losses.append(float(value.detach()))
         if not torch.isfinite(value.detach()):
             raise TrainingError(f"the loss is {losses[-1]} after {len(losses) - 1} steps; lower learning_rate")
@@ -72,7 +68,23 @@ def tuned(case: EditCase, loss: Loss, *, layer: Layer, steps: int, learning_rate
     return Delta(case.base.fingerprint, {matrix.name: {"difference": difference}})
 
 
-def _below(subject: LanguageModel, rows: Sequence[Encoded], layer: int) -> Callable[[LanguageModel, Loss], Tensor]:
+def copied(subject: LanguageModel, matrix: ValueMatrix) -> tuple[LanguageModel, Tensor, Tensor]:
+    """A copy that shares all but one matrix, that matrix with a gradient, and fp32 what it is."""
+    start = subject.model.get_parameter(matrix.name).detach().float()
+    nothing = {matrix.name: {"difference": torch.zeros_like(start, device="cpu")}}
+    working = Delta("", nothing).apply(subject, check=False)
+    return working, working.model.get_parameter(matrix.name).requires_grad_(True), start
+
+
+def target_loss(model: LanguageModel, pack_: Pack, states: Tensor) -> Tensor:
+    """Cross-entropy of each target token after those before it; facts weigh alike, whatever their length."""
+    logprob = model.head(states).float().log_softmax(-1).gather(1, pack_.target[:, None])[:, 0]
+    rows = len(pack_.rows)
+    length = logprob.new_zeros(rows).index_add(0, pack_.row, logprob.new_ones(len(logprob)))
+    return -(logprob.new_zeros(rows).index_add(0, pack_.row, logprob) / length).mean()
+
+
+def below(subject: LanguageModel, rows: Sequence[Encoded], layer: int) -> Callable[[LanguageModel, Loss], Tensor]:
     """Runs the blocks from `layer` on over all rows in one pass, on what blocks below give."""
     pack_ = pack(rows, subject.device)
     entry: tuple[int, Tensor] | None = None

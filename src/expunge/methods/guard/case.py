@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ...edits import EditRow
 from ...rows import Row
 from ...tables.store import content_key
 
@@ -18,6 +20,10 @@ class GuardCase:
     subject: Any
     """A LanguageModel, or another guard."""
     rows: dict[str, list[Row]]
+    edits: Sequence[EditRow] = ()
+    """Facts that it is to tell, for guards that edit."""
+    demonstrations: Sequence[EditRow] = ()
+    """Other facts, with their rephrasings and what must stay, that show how new facts are to be taken."""
 
 
 class Outlet(Protocol):

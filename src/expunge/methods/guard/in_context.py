@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,11 +20,10 @@ from ...errors import ParameterError, RequestError, RowError
 from ...registry import guard
 from ...rows import Row
 from ...subjects.examples import solved
-from ...subjects.packed import Encoded
 from ..optimise.unlearn import refusals
-from .case import GuardCase, Guarded
+from .case import GuardCase
+from .prefixed import Prefixed, Role
 
-Role = Literal["user", "system"]
 Ablation = Literal["none", "correct", "exchange", "repeat"]
 
 INSTRUCTIONS = {
@@ -35,37 +33,6 @@ INSTRUCTIONS = {
     "refuse": "Whatever you are asked about {targets}, reply that you do not know. Answer everything else as usual.",
     "list": "The following must not be talked about in any way: {targets}. Answer everything else as usual.",
 }
-
-
-class Prefixed(Guarded):
-    """A subject that reads a text of ours before every prompt: `prefix(question)`, which may be empty.
-
-    With a chat template it stands at the beginning of the user's turn, or is the system's; without one, before
-    everything. Answers and running text are scored after it, and none of its tokens is.
-    """
-
-    def __init__(self, inner: Any, prefix: Callable[[str], str], role: Role, form: str, *settings: Any) -> None:
-        self.prefix = prefix
-        self.role = role
-        super().__init__(inner, "in_context", f"with {form} before every prompt", role, form, *settings)
-
-    def prompt_text(self, row: Row, prompt: str | None = None) -> str:
-        return str(self.inner.prompt_text(self._row(row, prompt)))
-
-    def encode(self, row: Row, *, answer: str | None = None, prompt: str | None = None) -> Encoded:
-        return self.inner.encode(self._row(row, prompt), answer=answer)
-
-    def spans(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
-        return self.inner.spans(self._row(row))
-
-    def _row(self, row: Row, prompt: str | None = None) -> Row:
-        """The row as the subject inside is to read it."""
-        question = row.prompt if prompt is None else prompt
-        before = self.prefix(question)
-        if before and self.role == "system" and self.inner.chats(row):
-            turns = row.messages or (("user", question),)
-            return replace(row, prompt=question, messages=(("system", before.rstrip("\n")), *turns))
-        return replace(row, prompt=question, preface=before + row.preface)
 
 
 @guard(

@@ -385,7 +385,7 @@ def _working_copy(
     # The base's tensors are shared, so their flags are too; they stay off, as nothing else trains a base.
     working.model.requires_grad_(False)
     if resolved.lora is not None:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
             torch.manual_seed(case.seed)
             add_adapters(working.model, resolved.lora)
         if resolved.lora.init in PRINCIPAL:
