@@ -322,6 +322,8 @@ def start(case: Case) -> dict[str, Any]:
         "MKL_NUM_THREADS": str(case.threads),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if case.who == "peer":
+        environment["THP_MEM_ALLOC_ENABLE"] = "0"  # torch's default: our package asks for huge pages, the peer does not
     command = [sys.executable, __file__, "--child", json.dumps(case.__dict__)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

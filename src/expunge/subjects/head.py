@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .gather import Gather
+
 KEEP_ELEMENTS = 1 << 26
 """Logits kept from the forward to the backward pass (256 MiB in fp32); beyond, they are recomputed."""
 CHUNK_ELEMENTS = 1 << 23
@@ -24,27 +26,33 @@ BLOCK_ELEMENTS = 1 << 20
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, gather: Gather | None
+    ) -> Tensor:
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         keep = hidden.shape[0] * weight.shape[0] <= KEEP_ELEMENTS
         if keep:
             size = max(1, hidden.shape[0])
         values, normalisers, kept = [], [], None
         for h, t in zip(hidden.split(size), target.split(size)):
-            logits = F.linear(h, weight, bias)
+            room = gather.logits(h, len(weight)) if keep and gather is not None else None
+            if room is None:
+                logits = F.linear(h, weight, bias)
+            else:
+                logits = torch.mm(h, weight.T, out=room) if bias is None else torch.addmm(bias, h, weight.T, out=room)
             normaliser = _logsumexp(logits)
             values.append(logits.gather(1, t[:, None])[:, 0].float() - normaliser)
             normalisers.append(normaliser)
             kept = logits if keep and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normalisers))
-        ctx.size, ctx.kept = size, kept
+        ctx.size, ctx.kept, ctx.gather = size, kept, gather
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, weight, bias, target, normaliser = ctx.saved_tensors
         size, kept, ctx.kept = ctx.size, ctx.kept, None
-        wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
         to_weight: Tensor | None = None
         to_bias = torch.zeros_like(bias) if wants_bias else None
@@ -55,11 +63,13 @@ class _LinearLogprob(torch.autograd.Function):
             _logits_to_gradient(z, target[part], normaliser[part], gradients[0][part])
             if to_hidden is not None:
                 to_hidden[part] = z @ weight
-            if wants_weight:
+            if ctx.gather is not None:
+                ctx.gather.product(weight, z.T, h)
+            elif wants_weight:
                 to_weight = z.T @ h if to_weight is None else to_weight.addmm_(z.T, h)
             if to_bias is not None:
                 to_bias += z.sum(0)
-        return to_hidden, to_weight, to_bias, None
+        return to_hidden, to_weight, to_bias, None, None
 
 
 def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
@@ -87,11 +97,17 @@ def _logits_to_gradient(logits: Tensor, target: Tensor, normaliser: Tensor, grad
         logits[block] = z
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, gather: Gather | None = None
+) -> Tensor:
     """(T,) fp32 log-probabilities of `target` (T,) under softmax(hidden @ weight.T + bias).
 
     hidden (T, d), weight (V, d), bias (V,) or None. Differentiable once, in hidden, weight and bias.
+
+    Args:
+        gather: adds up the weight's gradient where it lies.
     """
     if not len(target):
         return hidden.new_zeros(0, dtype=torch.float32)
-    return _LinearLogprob.apply(hidden, weight, bias, target)  # type: ignore[no-any-return]
+    own = gather is not None and gather.takes(weight)
+    return _LinearLogprob.apply(hidden, weight, bias, target, gather if own else None)  # type: ignore[no-any-return]

@@ -257,6 +257,10 @@ class ImageClassifier:
         """The layer that makes logits of features."""
         return self.model.get_submodule(self._head_name)  # type: ignore[return-value]
 
+    @property
+    def embedding(self) -> None:
+        """Pictures are not looked up."""
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (n, K) of features (n, d)."""
         return self.linear_head(hidden)  # type: ignore[no-any-return]

@@ -403,6 +403,13 @@ class LanguageModel:
             example = torch.linspace(-3, 3, 2 * head.in_features, device=self.device, dtype=self.dtype).view(2, -1)
             return head if torch.equal(self.head(example), head(example)) else None
 
+    @property
+    def embedding(self) -> nn.Embedding | None:
+        """The token embedding where it is nothing but a look-up."""
+        found = self.model.get_input_embeddings()
+        plain = type(found) is nn.Embedding and not (found.max_norm or found.sparse or found.scale_grad_by_freq)
+        return found if plain else None
+
     @cached_property
     def _head(self) -> nn.Module:
         decoder = self.decoder

@@ -60,6 +60,10 @@ class Subject(Protocol):
     def linear_head(self) -> nn.Linear | None:
         """The head where logits are nothing but its product with states."""
 
+    @property
+    def embedding(self) -> nn.Embedding | None:
+        """The plain look-up that makes inputs of tokens, if there is one."""
+
     def with_model(self, model: nn.Module, name: str | None = None) -> Any:
         """The same subject around other weights."""
 

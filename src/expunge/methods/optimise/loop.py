@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from ... import processes
 from ...errors import RequestError, TrainingError
 from ...files import complete_folder, save_tensors
+from ...subjects.gather import Gather
 from ...subjects.language import LanguageModel, Progress, Taps
 from ...subjects.packed import Encoded, Pack, batches, in_order, pack
+from .adamw import AdamW
 from .shards import cut, is_part, like, local, norm, sharded, whole
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob
 
@@ -227,6 +229,7 @@ class Turn:
     seen: dict[str, Side] = field(default_factory=dict)
     """The sides of the last passes, for the log."""
     shift: tuple[int, Tensor] | None = None
+    gather: Gather = field(default_factory=Gather)
 
     @property
     def total(self) -> int:
@@ -247,7 +250,8 @@ class Turn:
             before = [p.grad for p in self.parameters]
             for p in self.parameters:
                 p.grad = None
-        value = _backward(self, sides, loss)
+        with self.gather.adding():
+            value = _backward(self, sides, loss)
         if before is not None:
             for p, grad in zip(self.parameters, before):
                 if grad is not None:
@@ -389,6 +393,7 @@ def _sides(turn: Turn, sides: Sequence[str], states: Mapping[str, Tensor]) -> di
             frozen_head=turn.frozen_head,
             vocabulary=subject.vocabulary,
             linear_head=subject.linear_head,
+            gather=turn.gather,
             constants={key: torch.cat([row[key] for row in stored]) for key in (stored[0] if stored else {})},
             layers={layer: states[f"layer.{layer}"][tapped] for layer in taps.layers},
             routers={layer: states[f"router.{layer}"][tapped] for layer in taps.routers},
@@ -590,18 +595,18 @@ def _train(
     evaluate: Callable[[int], None] | None,
     progress: Progress | None,
 ) -> Log:
-    masters = [_master(p) for p in parameters]
-    optimiser = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
+    optimiser = AdamW(parameters, training.weight_decay)
+    masters, gather = optimiser.masters, Gather()
     log, first = Log(), 0
     best: list[Tensor] | None = None
     kept: dict[str, list[Tensor]] = {}
     outside = 0
     began = time.monotonic()
     if checkpoint is not None:
-        resumed = _resume(checkpoint, key, parameters, masters, optimiser)
+        resumed = _resume(checkpoint, key, optimiser)
         if resumed is not None:
             first, log, best, kept, outside = resumed
-            _write_back(parameters, masters)
+            optimiser.write_back()
     if first == 0 and processes.sharding() and not subject.sharded:
         log.warnings.append("FSDP had nothing to cut: no whole tensor or adapter of a block moves in this scope")
     guard = training.guard if held_out else None
@@ -616,8 +621,7 @@ def _train(
     index = first
     try:
         while index < total and not log.stopped_by_guard:
-            for group in optimiser.param_groups:
-                group["lr"] = training.learning_rate * _factor(training, index, total)
+            rate = training.learning_rate * _factor(training, index, total)
             turn = Turn(
                 subject,
                 parameters,
@@ -630,10 +634,12 @@ def _train(
                 training.micro_tokens,
                 processes.count(),
                 processes.rank(),
-                learning_rate=optimiser.param_groups[0]["lr"],
+                learning_rate=rate,
                 kept=kept,
+                gather=gather,
             )
-            value = turn.backward() if recipe.around is None else recipe.around(turn)
+            with gather.embedding(subject.embedding):
+                value = turn.backward() if recipe.around is None else recipe.around(turn)
             if not torch.isfinite(value):
                 raise TrainingError(
                     f"the loss is {float(value)} at step {index + 1} of {total}; nothing was written. "
@@ -642,17 +648,13 @@ def _train(
             if index == 0:
                 log.warnings += _without_gradient(parameters)
             total_norm = norm([p.grad for p in parameters if p.grad is not None])
-            for parameter, master in zip(parameters, masters):
-                if master is not parameter:
-                    master.grad = None if parameter.grad is None else local(parameter.grad).float()
-            torch.nn.utils.clip_grads_with_norm_(masters, training.max_grad_norm or math.inf, total_norm)
-            optimiser.step()
+            optimiser.step(rate, total_norm, training.max_grad_norm)
             if recipe.after is not None:
                 with torch.no_grad():
                     recipe.after(turn, masters)
-            for parameter, master in zip(parameters, masters):
-                parameter.grad = master.grad = None
-            _write_back(parameters, masters)
+                optimiser.write_back()
+            for parameter in parameters:
+                gather.clear(parameter)
             log.loss.append(float(value))
             log.gradient_norm.append(float(total_norm))
             for name, side in turn.seen.items():
@@ -675,18 +677,18 @@ def _train(
                 progress(index, total)
             log.seconds = before + time.monotonic() - began
             if checkpoint is not None and _due(saved, training, subject):
-                _save(checkpoint, key, index, log, parameters, masters, optimiser, best, kept, outside)
+                _save(checkpoint, key, index, log, optimiser, best, kept, outside)
                 saved = time.monotonic()
     except KeyboardInterrupt:
         # Parts of weights cannot be put together any more: other processes are elsewhere.
         if checkpoint is not None and first < index and not subject.sharded:
-            _save(checkpoint, key, index, log, parameters, masters, optimiser, best, kept, outside)
+            _save(checkpoint, key, index, log, optimiser, best, kept, outside)
         raise
     if log.stopped_by_guard and best is not None:
         with torch.no_grad():
             for master, values in zip(masters, best):
                 master.copy_(values)
-        _write_back(parameters, masters)
+        optimiser.write_back()
     if progress and log.stopped_by_guard:
         progress(total, total)
     log.seconds = before + time.monotonic() - began
@@ -697,20 +699,6 @@ def mean_loss(subject: LanguageModel, rows: Sequence[Encoded]) -> float:
     """Mean negative log-likelihood per answer token."""
     values = references(subject, rows, hidden=False)
     return float(-torch.cat([row["reference_tokens"] for row in values]).mean())
-
-
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """What the optimiser moves: the parameter, or this process's part of it, or an fp32 copy of either."""
-    if parameter.dtype != torch.float32:
-        return nn.Parameter(local(parameter).detach().float().clone())
-    return nn.Parameter(local(parameter)) if is_part(parameter) else parameter
-
-
-@torch.no_grad()
-def _write_back(parameters: Sequence[nn.Parameter], masters: Sequence[nn.Parameter]) -> None:
-    for parameter, master in zip(parameters, masters):
-        if parameter.dtype != torch.float32:
-            local(parameter).copy_(master)
 
 
 def _without_gradient(parameters: Sequence[nn.Parameter]) -> list[str]:
@@ -736,9 +724,7 @@ def _save(
     key: str,
     step: int,
     log: Log,
-    parameters: Sequence[nn.Parameter],
-    masters: Sequence[nn.Parameter],
-    optimiser: torch.optim.Optimizer,
+    optimiser: AdamW,
     best: list[Tensor] | None,
     kept: dict[str, list[Tensor]],
     outside: int,
@@ -751,13 +737,13 @@ def _save(
         if processes.first():
             tensors[name] = (tensor.cpu() if is_part(parameter) else tensor).contiguous()
 
-    for i, (parameter, master) in enumerate(zip(parameters, masters)):
+    for i, (parameter, master) in enumerate(zip(optimiser.parameters, optimiser.masters)):
         put(f"value.{i}", parameter, master)
-        for name, state in optimiser.state.get(master, {}).items():
-            if state.dim():
-                put(f"{name}.{i}", parameter, state)
+        for name, value in optimiser.state.get(master, {}).items():
+            if value.dim():
+                put(f"{name}.{i}", parameter, value)
             elif processes.first():
-                tensors[f"{name}.{i}"] = state.detach()
+                tensors[f"{name}.{i}"] = value.detach()
         if best is not None:
             put(f"best.{i}", parameter, best[i])
         for name, beside in kept.items():
@@ -773,9 +759,7 @@ def _save(
 def _resume(
     folder: Path,
     key: str,
-    parameters: Sequence[nn.Parameter],
-    masters: Sequence[nn.Parameter],
-    optimiser: torch.optim.Optimizer,
+    optimiser: AdamW,
 ) -> tuple[int, Log, list[Tensor] | None, dict[str, list[Tensor]], int] | None:
     from safetensors import safe_open
 
@@ -795,7 +779,7 @@ def _resume(
             tensor = file.get_tensor(name).to(parameter.device)
             return local(cut(parameter, tensor))
 
-        for i, (parameter, master) in enumerate(zip(parameters, masters)):
+        for i, (parameter, master) in enumerate(zip(optimiser.parameters, optimiser.masters)):
             master.copy_(part(f"value.{i}", parameter))
             if f"step.{i}" in names:
                 optimiser.state[master] = {
@@ -803,9 +787,11 @@ def _resume(
                     **{name: part(f"{name}.{i}", parameter).clone() for name in ("exp_avg", "exp_avg_sq")},
                 }
         if "best.0" in names:
-            best = [part(f"best.{i}", parameter).clone() for i, parameter in enumerate(parameters)]
+            best = [part(f"best.{i}", parameter).clone() for i, parameter in enumerate(optimiser.parameters)]
         for beside in sorted({name.split(".")[1] for name in names if name.startswith("kept.")}):
-            kept[beside] = [part(f"kept.{beside}.{i}", parameter).clone() for i, parameter in enumerate(parameters)]
+            kept[beside] = [
+                part(f"kept.{beside}.{i}", parameter).clone() for i, parameter in enumerate(optimiser.parameters)
+            ]
     log = Log(**state["log"])
     log.guard = [(int(step), float(value)) for step, value in log.guard]
     return int(state["step"]), log, best, kept, int(state["outside"])

@@ -158,10 +158,17 @@ def cut(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm () of all tensors together, fp32; 0 of none."""
-    total = torch.nn.utils.get_total_norm([t.float() for t in tensors if not is_part(t)])
-    parts = [local(t).float() for t in tensors if is_part(t)]
+    total = _norm([t for t in tensors if not is_part(t)])
+    parts = [local(t) for t in tensors if is_part(t)]
     if not parts:
         return total
-    square = torch.nn.utils.get_total_norm(parts).square()
+    square = _norm(parts).square()
     torch.distributed.all_reduce(square)
     return (total.to(square.device).square() + square).sqrt()
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Block by block where they have 16 bits, so that no copy of a whole tensor is made."""
+    narrow = [t for t in tensors if t.dtype != torch.float32]
+    norms = [torch.linalg.vector_norm(block.float()) for t in narrow for block in t.flatten().split(1 << 20)]
+    return torch.nn.utils.get_total_norm([*(t for t in tensors if t.dtype == torch.float32), *norms])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...subjects.gather import Gather
 from ...subjects.head import linear_logprob
 
 Objective = str | dict[str, dict[str, Any]]
@@ -50,6 +51,8 @@ class Side:
     vocabulary: int
     linear_head: nn.Linear | None = None
     """The head's weights where it is a plain linear layer."""
+    gather: Gather | None = None
+    """Adds up the gradient of those weights."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[int, Tensor] = field(default_factory=dict)
     """Residual stream after the blocks that were tapped: (P, d) at the tapped positions, row by row."""
@@ -65,7 +68,8 @@ class Side:
     def token_logprob(self) -> Tensor:
         """(T,) log-probability of each answer token, fp32."""
         if self.linear_head is not None:
-            return linear_logprob(self.hidden, self.linear_head.weight, self.linear_head.bias, self.target)
+            head = self.linear_head
+            return linear_logprob(self.hidden, head.weight, head.bias, self.target, self.gather)
         return chunked(lambda h, t: token_logprob(self.head, h, t), self.hidden, self.target, self.vocabulary)
 
     @cached_property
