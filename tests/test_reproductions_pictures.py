@@ -1,8 +1,13 @@
 """Reproductions about pictures: their criteria on figures made up so that the verdict is known."""
 
+import numpy as np
 import pytest
+import torch
 
-from expunge.reproductions import corrective, ssd
+from expunge.reproductions import corrective, iau, image_baselines, ssd
+from expunge.reproductions.pictures import CLASSES, Kept, answers
+from expunge.subjects.image import ImageClassifier, Preparation
+from expunge.world.pictures.draw import digits
 
 SEEDS = (0, 1, 2)
 
@@ -110,3 +115,142 @@ def _with(cell, change):
 def test_tables_have_a_line_for_every_model():
     assert len(corrective._table(corrective_rows()).rows) == 8
     assert len(ssd._table(ssd_rows()).rows) == 5
+
+
+# --- iau --------------------------------------------------------------------------------------------------------------
+
+
+def iau_rows(**changes):
+    plain = dict.fromkeys(iau.METHODS, (0.95, 0.55, 0.02, 0.1))
+    plain |= {"original": (0.95, 0.57, 0.04, 0.0), "retrained": (0.95, 0.52, 0.0, 3.0)}
+    plain |= {"iau": (0.948, 0.54, 0.02, 0.01), "influence": (0.94, 0.54, 0.1, 0.4), "SSD": (0.9, 0.6, 0.2, 0.02)}
+    plain |= {"iau, gradient, rate 0.3": (0.93, 0.55, 0.1, 0.01)}
+    plain |= {"iau, gradient, rate 0.3, no correction": (0.91, 0.55, 0.1, 0.01), **changes}
+    return [
+        {"model": model, "seed": seed, "test": t, "forget": 1.0, "auc": a, "kl": k, "seconds": s}
+        for model, (t, a, k, s) in plain.items()
+        for seed in SEEDS
+    ]
+
+
+def odd_rows(**changes):
+    found = []
+    for weight in iau.RESTRICTIONS:
+        values = {"largest": 28.0, "forget_gradient": 4.0, "before": 0.95, "after": 0.77, "seconds": 2.0}
+        if weight == 0.1:
+            values |= {"largest": 21.0, "after": 0.85, **changes}
+        found += [{"restriction": weight, "seed": seed, **values} for seed in SEEDS]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "odd", "place"),
+    [
+        ({"iau": (0.95, 0.54, 0.035, 0.01)}, {}, 0),
+        ({"iau": (0.93, 0.53, 0.02, 0.01)}, {}, 0),
+        ({"iau": (0.948, 0.54, 0.02, 0.2)}, {}, 1),
+        ({"influence": (0.94, 0.54, 0.01, 0.4)}, {}, 2),
+        ({"SSD": (0.95, 0.52, 0.01, 0.001)}, {}, 3),
+        ({"iau, gradient, rate 0.3, no correction": (0.935, 0.55, 0.1, 0.01)}, {}, 4),
+        ({}, {"largest": 27.0}, 5),
+        ({}, {"after": 0.80}, 5),
+        ({}, {"before": 0.90}, 5),
+    ],
+)
+def test_each_criterion_of_iau_can_fail(changes, odd, place):
+    assert [claim.holds for claim in iau.judge(iau_rows(), odd_rows())] == [True] * 6
+    assert not iau.judge(iau_rows(**changes), odd_rows(**odd))[place].holds
+
+
+def test_ranks_share_the_places_of_ties():
+    rows = iau_rows(**dict.fromkeys(iau.RANKED, (0.95, 0.52, 0.0, 1.0)))
+    assert set(iau._ranks(rows).values()) == {3.5}
+    rows = iau_rows(**{name: (0.95, 0.52 + 0.01 * i, 0.0, 1.0 + i) for i, name in enumerate(iau.RANKED)})
+    assert iau._ranks(rows)["iau"] == (3.5 + 1 + 1) / 3
+
+
+# --- image baselines --------------------------------------------------------------------------------------------------
+
+
+def baseline_rows(**changes):
+    """changes: {model: {kind: {column: value}}}"""
+    plain = {"forget_accuracy": 0.9, "retain_accuracy": 0.97, "gap": 0.01, "zrf": 0.5, "cost": 0.3}
+    plain |= dict.fromkeys(("training_forget_accuracy", "training_retain_accuracy", "membership_confidence"), 0.9)
+    own = {
+        name: {"forget_accuracy": 0.1} for name in ("gradient ascent", "random label", "SCRUB", "bad teacher", "UNSIR")
+    }
+    own["gradient ascent"]["retain_accuracy"] = 0.7
+    own["bad teacher"]["zrf"] = own["random label"]["zrf"] = 0.7
+    own["Fisher forgetting"] = {"cost": 3.0}
+    models = ["original", "retrained", "retrained, another seed", *image_baselines.METHODS]
+    return [
+        {
+            **plain,
+            **own.get(model, {}),
+            **changes.get(model, {}).get(kind, {}),
+            "model": model,
+            "kind": kind,
+            "seed": seed,
+        }
+        for kind in image_baselines.REQUESTS
+        for model in models
+        if image_baselines.ONLY.get(model, kind) == kind
+        for seed in SEEDS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "change", "place"),
+    [
+        ("fine-tune, 1 epoch", "class", {"forget_accuracy": 0.4}, 0),
+        ("UNSIR", "class", {"forget_accuracy": 0.3}, 0),
+        ("SalUn", "class", {"retain_accuracy": 0.93}, 1),
+        ("gradient ascent", "class", {"retain_accuracy": 0.98}, 1),
+        ("SalUn", "random", {"gap": 0.05}, 2),
+        ("retrained, another seed", "sub-class", {"gap": 0.03}, 3),
+        ("bad teacher", "random", {"zrf": 0.4}, 4),
+        ("IAU", "random", {"cost": 20.0}, 5),
+    ],
+)
+def test_each_criterion_of_the_baselines_can_fail(model, kind, change, place):
+    assert [claim.holds for claim in image_baselines.judge(baseline_rows())] == [True] * 6
+    found = [claim.holds for claim in image_baselines.judge(baseline_rows(**{model: {kind: change}}))]
+    assert found == [i != place for i in range(6)]
+    assert len(image_baselines._table(baseline_rows(), "class").rows) == 21
+    assert len(image_baselines._table(baseline_rows(), "random").rows) == 20
+
+
+def test_requests_are_what_they_are_called(monkeypatch):
+    drawn = digits(8)
+    monkeypatch.setattr(image_baselines, "digits", lambda side: drawn)
+    for kind in image_baselines.REQUESTS:
+        rows, classes = image_baselines.request(kind, 0)
+        assert len(rows["forget"]) + len(rows["retain"]) == image_baselines.ROWS
+        assert not {row.id for row in rows["forget"]} & {row.id for row in rows["retain"]}
+        assert {row.answer for some in rows.values() for row in some} <= set(classes)
+    rows, _ = image_baselines.request("sub-class", 0)
+    assert {row.answer for row in rows["forget"]} == {"2-3"}
+    assert any(row.answer == "2-3" for row in rows["retain"])
+    true = {row.id: row.answer for row in drawn["train"]}
+    rows, _ = image_baselines.request("random", 0)
+    wrong = [row for row in (*rows["forget"], *rows["retain"]) if row.answer != true[row.id]]
+    assert len(wrong) == 70
+    assert rows["test_forget"] == []
+
+
+def test_pixels_are_prepared_once_and_answers_are_distributions():
+    asked = []
+
+    class Counting(Preparation):
+        def __call__(self, images, return_tensors="pt"):
+            asked.append(1)
+            return super().__call__(images, return_tensors)
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    subject = ImageClassifier(model, CLASSES, Kept(Counting((8, 8))), "linear")
+    rows = digits(8)["train"][:5]
+    answers(subject, rows)
+    found = answers(subject, rows)
+    assert len(asked) == 6  # and one to find the head
+    pixels = torch.stack([subject.encode(row).pixels for row in rows])
+    assert np.allclose(found, model(pixels).detach().double().log_softmax(-1), atol=1e-6)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..methods.edit.case import EditCase
 from ..methods.optimise.loop import Training
@@ -14,9 +16,11 @@ from ..methods.optimise.unlearn import unlearn
 from ..pictures import Picture
 from ..registry import get
 from ..subjects.image import ImageClassifier
+from ..subjects.packed import pack
 from ..world.pictures.draw import digits
 from ..world.pictures.models import Recipe, trained
 
+T = TypeVar("T")
 RECIPE = Recipe()
 """A residual network of three stages, 80 thousand weights. Smaller pictures would leave its last stage a map of one
 place, where eight of a filter's nine weights see nothing."""
@@ -32,6 +36,12 @@ def teach(some: Sequence[Picture], seed: int, classes: Sequence[str] = CLASSES) 
     """(a classifier that was taught these rows, CPU seconds)"""
     began = time.process_time()
     return trained(some, classes, RECIPE, seed), time.process_time() - began
+
+
+def timed(do: Callable[[], T]) -> tuple[T, float]:
+    """(what it returns, CPU seconds)"""
+    began = time.process_time()
+    return do(), time.process_time() - began
 
 
 def accuracy(subject: ImageClassifier, some: Sequence[Picture]) -> float:
@@ -69,3 +79,28 @@ def change(
 def mean_loss(subject: ImageClassifier, some: Sequence[Picture]) -> float:
     """Nats."""
     return float(-np.asarray(score(subject, some).logprob, dtype=np.float64).mean())
+
+
+@torch.no_grad()
+def answers(subject: ImageClassifier, some: Sequence[Picture]) -> Tensor:
+    """(rows, classes) log-probabilities."""
+    pack_ = pack([subject.encode(row) for row in some], subject.device)
+    return subject.head(subject.hidden_states(pack_)).double().log_softmax(-1)
+
+
+class Kept:
+    """A preparation of pixels that keeps what it made, so that times are those of models and methods alone."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.made: dict[bytes, Any] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a fingerprint is made of."""
+        return dict(vars(self.processor))
+
+    def __call__(self, images: np.ndarray, return_tensors: str = "pt") -> Any:
+        key = images.tobytes()
+        if key not in self.made:
+            self.made[key] = self.processor(images=images, return_tensors=return_tensors)
+        return self.made[key]
