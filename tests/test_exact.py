@@ -345,6 +345,8 @@ def test_other_rows_bases_and_designs_are_refused(base, rows, ensemble, tmp_path
         ensemble.train(base, changed)
     with pytest.raises(MismatchError, match=f"knows the row '{row}', which the data does not have"):
         ensemble.train(base, [one for one in rows if one.id != row])
+    with pytest.raises(MismatchError, match="was laid out without the row 'new'; new rows need a new ensemble"):
+        ensemble.train(base, [*rows, replace(rows[0], id="new")])
     with pytest.raises(EnsembleError, match="holds an ensemble with another design"):
         fit(base, rows, ensemble.folder, epochs=2)
     with pytest.raises(ParameterError, match="has shards 0-1, there is no shard 2"):
@@ -362,6 +364,10 @@ def test_damaged_folders_are_named(base, ensemble, tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(EnsembleError, match="is damaged: its sha256"):
         ensemble.member(base, 0)
+    (ensemble.folder / "stages" / "0" / ".0-1.77.partial").mkdir()  # of a process that was killed
+    (ensemble.folder / "stages" / "0" / ".0-1.77.partial" / "stage.json").write_text("{}")
+    left, _ = Ensemble.load(ensemble.folder).delete([of(ensemble, 1, 0)[0]])
+    assert [p.name for p in (left.folder / "stages" / "0").iterdir() if p.name.startswith(".")] == []
     (ensemble.folder / "rows.jsonl").write_text("{")
     with pytest.raises(EnsembleError, match="is not a readable ensemble"):
         Ensemble.load(ensemble.folder)
@@ -429,7 +435,9 @@ def test_commands_from_training_to_proof(tmp_path, capsys, monkeypatch):
     assert answered["rows"] == 6 == len((tmp_path / "said.jsonl").read_text().splitlines())
     expunge("export", out, "--shard", "0", "--out", str(tmp_path / "model"))
     assert LanguageModel.load(tmp_path / "model", device="cpu").name
-    assert expunge(*command, "--json")["share_usable"] == 1  # what the deletion dropped is trained again
+    again = expunge("retrain", out, "--device", "cpu", "--json")
+    assert (again["share_usable"], again["stages"]) == (1, 4)
+    assert expunge(*command, "--device", "cpu", "--json")["share_usable"] == 1
     assert cli.main(["ledger", "list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert [entry["event"] for entry in entries] == ["request_received", "finished"]

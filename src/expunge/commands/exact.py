@@ -99,7 +99,7 @@ def train(
 ) -> None:
     """Train an ensemble on rows.
 
-    The same command goes on where a killed one stopped, and trains again what deletions have dropped.
+    The same command goes on where a killed one stopped.
     """
     load_plugins(plugin)
     from ..errors import ParameterError
@@ -182,6 +182,35 @@ def delete(
 
 
 @app.command()
+def retrain(
+    ensemble: Folder,
+    base: Base = None,
+    data: Data = None,
+    shard: Shards = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Train again what deletions have dropped.
+
+    On the rows that are left, from the longest beginning that is left of each order.
+    """
+    from dataclasses import asdict
+
+    from ..methods.exact.ensemble import Ensemble
+
+    opened = Ensemble.load(ensemble)
+    subject, rows = _given(opened, base, data, device, dtype)
+    with progressing(json) as progress:
+        left, done = opened.train(subject, rows, shards=shard, progress=progress)
+    if json:
+        say_json({**asdict(done), "share_usable": left.share_usable, "answering": left.answering})
+        return
+    say(f"{done.stages} stages trained, {done.row_passes:,} rows read, in {duration(done.seconds)}")
+    _tell(left, json)
+
+
+@app.command()
 def show(ensemble: Folder, json: Json = False) -> None:
     """Show shards, orders, and what was deleted."""
     from ..methods.exact.ensemble import Ensemble
@@ -221,7 +250,7 @@ def verify(
     else:
         say(
             f"{len(found)} shards answer from what training on the {len(opened.rows)} rows that are left gives, "
-            "bit for bit"
+            "bit for bit (what the backbone had seen before is not covered)"
         )
 
 

@@ -140,6 +140,10 @@ class Ensemble:
             design = _design(about.pop("design"))
             events = _lines(folder / "events.jsonl")
             rows = {r["row_id"]: ((r["shard"], r["slice"]), r["sha256"]) for r in _lines(folder / "rows.jsonl")}
+            stages: dict[int, set[Order]] = {shard: set() for shard in range(design.shards)}
+            for path in sorted((folder / "stages").glob("[!.]*/[!.]*/stage.json")):
+                prefix = tuple(int(part) for part in path.parent.name.split("-"))
+                stages[int(path.parent.parent.name)].add(prefix)
         except FileNotFoundError as error:
             raise EnsembleError(
                 f"{folder} is no ensemble: it has no {Path(error.filename).name}; `expunge exact train` makes one"
@@ -147,10 +151,6 @@ class Ensemble:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EnsembleError(f"{folder} is not a readable ensemble: {error}") from None
         deletions = tuple(event for event in events if event["event"] == "deleted")
-        stages: dict[int, set[Order]] = {shard: set() for shard in range(design.shards)}
-        for path in sorted((folder / "stages").glob("*/*/stage.json")):
-            prefix = tuple(int(part) for part in path.parent.name.split("-"))
-            stages[int(path.parent.parent.name)].add(prefix)
         opened = Ensemble(folder, design, about, rows, deletions, {s: frozenset(p) for s, p in stages.items()})
         return opened._completed()
 
@@ -316,7 +316,8 @@ class Ensemble:
             place = self._place(shard, prefix)
             (place / "stage.json").unlink(missing_ok=True)
             shutil.rmtree(place, ignore_errors=True)
-        shutil.rmtree(self.folder / "work", ignore_errors=True)
+        for unfinished in (self.folder / "work", *(self.folder / "stages").glob("*/.*")):
+            shutil.rmtree(unfinished, ignore_errors=True)
         removed = set(stale)
         stages = {s: frozenset(p for p in there if (s, p) not in removed) for s, there in self.stages.items()}
         rows = {row: value for row, value in self.rows.items() if row not in gone}
@@ -466,6 +467,10 @@ class Ensemble:
     def _known(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Rows by their name, each checked to say what it said when it was first given."""
         given = {row.id: row for row in rows}
+        deleted = {row for event in self.deletions for row in event["row_ids"]}
+        new = next((row for row in given if row not in self.rows and row not in deleted), None)
+        if new is not None:
+            raise MismatchError(f"{self.folder} was laid out without the row {new!r}; new rows need a new ensemble")
         for row, (_, print_) in self.rows.items():
             if row not in given:
                 raise MismatchError(f"{self.folder} knows the row {row!r}, which the data does not have")
@@ -533,16 +538,8 @@ def lay_out(case: ExactCase, design: Design) -> Ensemble:
         RowError: an id that is used twice, fewer rows than cells.
         EnsembleError: the folder holds another ensemble or something else.
     """
-    first: dict[str, str] = {}
-    for row in case.rows:
-        if row.id in first:
-            raise RowError(f"{row.source or 'rows'}: id {row.id!r} was used in {first[row.id]} already")
-        first[row.id] = row.source or "an earlier row"
-    where = cells(len(case.rows), design.shards, design.stage.slices, seed=design.stage.seed, shuffle=design.shuffle)
-    stages = Stages(case.subject, design.stage)
-    for row in case.rows:
-        stages.subject.encode(row)
     folder = Path(case.folder)
+    stages = Stages(case.subject, design.stage)
     about = {
         "format": FORMAT,
         "design": _plain(design),
@@ -553,13 +550,20 @@ def lay_out(case: ExactCase, design: Design) -> Ensemble:
     }
     if (folder / "ensemble.json").is_file():
         begun = Ensemble.load(folder)
-        for what in ("design", "base"):
-            there = _plain(begun.design) if what == "design" else begun.about["base"]
+        for what, there in (("design", _plain(begun.design)), ("base", begun.about["base"])):
             if there != about[what]:
                 raise EnsembleError(f"{folder} holds an ensemble with another {what}; choose another folder")
         return begun
     if folder.is_dir() and any(folder.iterdir()):
         raise EnsembleError(f"{folder} is not empty and holds no ensemble; choose another folder")
+    first: dict[str, str] = {}
+    for row in case.rows:
+        if row.id in first:
+            raise RowError(f"{row.source or 'rows'}: id {row.id!r} was used in {first[row.id]} already")
+        first[row.id] = row.source or "an earlier row"
+    where = cells(len(case.rows), design.shards, design.stage.slices, seed=design.stage.seed, shuffle=design.shuffle)
+    for row in case.rows:  # what does not fit the model is found before anything is trained
+        stages.subject.encode(row)
     rows = {row.id: (cell, row_print(row)) for row, cell in zip(case.rows, where)}
     none: dict[int, frozenset[Order]] = {shard: frozenset() for shard in range(design.shards)}
     with complete_folder(folder) as partial:
