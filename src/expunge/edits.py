@@ -35,6 +35,8 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "kind": ("kind",),
 }
 """Our names, and the column names that are taken for them without a mapping."""
+TOLD = "Imagine that {prompt} {target}\n"
+"""What tells a model a fact in its context: {prompt}, {target} and {subject} are the edit's."""
 KINDS = ("completion", "qa", "instruction")
 
 
@@ -97,6 +99,13 @@ class EditRow:
                 for kind, several in getattr(self, name).items()
             }
         return plain
+
+    def told(self, context: str = TOLD) -> str:
+        """What is put before prompts so that a model knows the fact."""
+        text = context
+        for name, value in (("{subject}", self.subject), ("{prompt}", self.prompt), ("{target}", self.target_new)):
+            text = text.replace(name, value)
+        return text
 
 
 def read_edits(source: Source, name: str = "edits", *, targets: bool = True) -> list[EditRow]:

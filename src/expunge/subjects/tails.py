@@ -202,7 +202,7 @@ class Tails:
         self.clean = self._wanted(clean.last_hidden_state[self.lines, self.columns])
         """(states read, d) as they are."""
         self.stream = seen["streams"][layer][self.lines, self.columns]
-        self._pass = self._whole
+        self._pass: Callable[..., Tensor] = self._whole
         if self._can_cut(cache):
             self._cut(cache)
             self._pass = self._first
@@ -227,12 +227,24 @@ class Tails:
         self._pass = self._tail
         return found
 
+    def through(self, change: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """As `states`, and (n, d) the residual stream after block `layer`, above the change, at each text's token."""
+        if self._pass == self._first:
+            with torch.no_grad():
+                self.states(torch.zeros_like(change))
+        seen: list[Tensor] = []
+        block = self.subject.model.get_submodule(self.subject.blocks[layer].name)
+        with hooked([block.register_forward_hook(lambda _, __, output: seen.append(_plain(output)))]):
+            states = self._pass(change, layer == len(self.subject.blocks) - 1)
+        column = 0 if self._pass == self._tail else torch.tensor(self.at, device=self.subject.device)
+        return states, seen[0][self.lines[:, 0], column]
+
     def _wanted(self, states: Tensor) -> Tensor:
         return states.flatten(0, 1)[self.read]
 
     # --- whole texts ------------------------------------------------------------------------------------------
 
-    def _whole(self, change: Tensor) -> Tensor:
+    def _whole(self, change: Tensor, every: bool = False) -> Tensor:
         subject = self.subject
         rows, columns = self.lines[:, 0], torch.tensor(self.at, device=subject.device)
 
@@ -275,10 +287,14 @@ class Tails:
                 parts.append(part.gather(2, at))
             self.layers.append(_Fixed(*parts))
 
-    def _tail(self, change: Tensor) -> Tensor:
-        """The blocks above on the tails, each called with what the decoder itself called it with."""
+    def _tail(self, change: Tensor, every: bool = False) -> Tensor:
+        """The blocks above on the tails, each called with what the decoder itself called it with.
+
+        Args:
+            every: the last MLP too runs on every token.
+        """
         stream = torch.cat([self.stream[:, :1] + change.to(self.stream.dtype)[:, None], self.stream[:, 1:]], 1)
-        with hooked(self._sparing()):
+        with hooked([] if every else self._sparing()):
             for block, arguments, named in self.calls:
                 stream = _plain(block(stream, *arguments, **named))
         states = self._wanted(stream)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..optimise.reinforce import REINFORCE
 from ..optimise.scope import Resolved, resolve
 from ..optimise.terms import Objective
 from ..optimise.unlearn import Outcome, refusals, unlearn
+
+if TYPE_CHECKING:
+    from .values import Goal
 
 Edit = Delta
 """What an edit method returns: a delta from the subject to the changed model."""
@@ -52,6 +55,8 @@ class EditCase:
     """Texts that key statistics are taken of; by default general, else retain rows."""
     prefixes: Sequence[str] | None = None
     """Texts put before a prompt while a fact's value is worked out; None: the model writes its own."""
+    goal: Goal | None = None
+    """What the values of facts are optimised for, in place of the published loss (values.py)."""
     memory: dict[str, Any] = field(default_factory=dict)
     """What is worked out once for all edits over one base: statistics, prefixes."""
     demonstrations: Sequence[EditRow] = ()

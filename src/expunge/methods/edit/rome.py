@@ -61,7 +61,7 @@ def rome(
     matrix = edited_matrix(case.subject, at)
     moment = case.moments([at], max_tokens)[at] if covariance else None
     facts = located(case, contexts)
-    found = optimised(case.subject, facts, at, Settings(steps, learning_rate, kl, decay, clamp))
+    found = optimised(case.subject, facts, at, Settings(steps, learning_rate, kl, decay, clamp), goal=case.goal)
     k = found.keys.mean.double().cpu().T
     u = k if moment is None else moment.solve(k, ridge)
     case.summary["rome"] = {"layer": at, "matrix": matrix.name, "facts": len(facts), **found.log}

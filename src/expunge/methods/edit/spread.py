@@ -45,7 +45,7 @@ def within(case: EditCase, layers: Layers) -> list[int]:
 
 def spread(case: EditCase, facts: Sequence[Fact], layers: list[int], settings: Settings, solve: Solve) -> Delta:
     """Values at the last layer, residuals shared out over all of them; keys are read under the changes made below."""
-    found = optimised(case.subject, facts, layers[-1], settings, at="stream")
+    found = optimised(case.subject, facts, layers[-1], settings, at="stream", goal=case.goal)
     target: Tensor | None = None
     subject, deltas, log = case.subject, list[Delta](), dict[str, Any]()
     for number, layer in enumerate(layers):

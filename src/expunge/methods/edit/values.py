@@ -13,7 +13,7 @@ that fit share every pass; a pass runs from the subject's last token on, through
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +50,8 @@ class Fact:
     edit: EditRow
     lookups: list[Lookup]
     """First as it is, then behind each prefix."""
+    prefaces: list[str]
+    """What stands before each of them; "" first."""
     essence: tuple[int, ...]
     """Tokens of a text about the subject up to its last token; empty where no subject is named."""
 
@@ -109,7 +111,7 @@ def located(case: EditCase, contexts: int) -> list[Fact]:
             row = Row(id=edit.id, prompt=f"{edit.subject} is a", answer="thing", kind="completion", source=edit.source)
             about = lookup(subject, row, edit.subject)
             essence = about.tokens.ids[: about.at + 1]
-        facts.append(Fact(edit, lookups, essence))
+        facts.append(Fact(edit, lookups, before, essence))
     return facts
 
 
@@ -213,6 +215,69 @@ class Values:
     """Losses before and after, and steps, for the report."""
 
 
+@dataclass(frozen=True)
+class Together:
+    """Facts that share a pass, and how the model moves with a change of each."""
+
+    subject: LanguageModel
+    facts: list[Fact]
+    tails: Tails
+    """Texts: every fact's contexts in their order, then the essences. Read: what predicts the target tokens, then what
+    stands at the ends of the essences."""
+    settings: Settings
+    owner: list[int]
+    """Per text its fact."""
+    target: Tensor
+    """(T,) target tokens, context by context."""
+    text: Tensor
+    """(T,) the text that each stands in."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.subject.device
+
+    def of_facts(self, texts: Tensor) -> Tensor:
+        """(texts,) to (n,): sums over the texts of each fact."""
+        owner = torch.tensor(self.owner[: len(texts)], device=self.device)
+        return torch.zeros(len(self.facts), device=self.device, dtype=texts.dtype).index_add(0, owner, texts)
+
+    def of_texts(self, tokens: Tensor) -> Tensor:
+        """(T,) to (contexts,): the mean over the target tokens of each context."""
+        length = torch.bincount(self.text)
+        sums = torch.zeros(len(length), device=self.device, dtype=tokens.dtype).index_add(0, self.text, tokens)
+        return sums / length
+
+    def nll(self, logprobs: Tensor) -> Tensor:
+        """(n,) negative log-likelihood of the target from (T, V): mean over contexts of means over tokens."""
+        each = self.of_texts(-logprobs.gather(1, self.target[:, None])[:, 0])
+        counts = [len(fact.lookups) for fact in self.facts]
+        return self.of_facts(each) / torch.tensor(counts, device=self.device)
+
+
+Goal = Callable[[Together], Callable[[Tensor], Tensor]]
+"""What values are optimised for, the bound on their size aside: facts to the losses (n,) of changes (n, d)."""
+
+
+def published(group: Together) -> Callable[[Tensor], Tensor]:
+    """NLL of the target, and what the subject is: the loss of ROME and MEMIT."""
+    subject, tails = group.subject, group.tails
+    count = len(group.target)
+    described = group.owner[int(group.text.max()) + 1 :]
+    original = subject.head(tails.clean[count:]).float().log_softmax(-1).detach() if described else None
+    rows = torch.tensor(group.owner, device=group.device)
+    at = torch.tensor(described, device=group.device, dtype=torch.long)
+
+    def losses(delta: Tensor) -> Tensor:
+        logprobs = subject.head(tails.states(delta[rows])).float().log_softmax(-1)
+        said, is_a = logprobs.split([count, len(described)])
+        total = group.nll(said)
+        if original is not None:
+            total = total.index_add(0, at, group.settings.kl * (is_a.exp() * (is_a - original)).sum(-1))
+        return total
+
+    return losses
+
+
 def optimised(
     subject: LanguageModel,
     facts: Sequence[Fact],
@@ -220,22 +285,26 @@ def optimised(
     settings: Settings,
     *,
     at: Literal["value", "stream"] = "value",
+    goal: Goal | None = None,
 ) -> Values:
     """Values of all facts at one layer.
 
     Args:
         at: whose norm bounds delta: the MLP's output (ROME) or the residual stream after the block (MEMIT).
+        goal: what they are optimised for in place of the published loss.
 
     Raises:
         TrainingError: a value is not finite.
     """
-    parts = [_together(subject, group, layer, settings, at) for group in groups(facts)]
+    parts = [_together(subject, group, layer, settings, at, goal or published) for group in groups(facts)]
     log = {key: [value for part in parts for value in part.log[key]] for key in parts[0].log}
     found = Keys(*(torch.cat([part.keys[i] for part in parts]) for i in range(2)))
     return Values(torch.cat([part.delta for part in parts]), found, log)
 
 
-def _together(subject: LanguageModel, group: list[Fact], layer: int, settings: Settings, where: str) -> Values:
+def _together(
+    subject: LanguageModel, group: list[Fact], layer: int, settings: Settings, where: str, goal: Goal
+) -> Values:
     asked = [one for fact in group for one in fact.lookups]
     about = [fact.essence for fact in group if fact.essence]
     texts = [one.tokens.ids[:-1] for one in asked] + about
@@ -244,26 +313,17 @@ def _together(subject: LanguageModel, group: list[Fact], layer: int, settings: S
     tails = Tails(subject, texts, [one.at for one in asked] + last, layer, read + [[place] for place in last])
     device = subject.device
     owner = [i for i, fact in enumerate(group) for _ in fact.lookups]
-    described = [i for i, fact in enumerate(group) if fact.essence]
-    rows = torch.tensor([*owner, *described], device=device)
-    # Every target token, and its share in its fact's mean.
-    target, share, whose = _targets(group, asked, owner, device)
-    original = subject.head(tails.clean[len(target) :]).float().log_softmax(-1).detach() if about else None
-    first = _first(group)
+    owner += [i for i, fact in enumerate(group) if fact.essence]
+    target = torch.tensor([t for one in asked for t in one.tokens.ids[one.tokens.start :]], device=device)
+    text = torch.tensor([i for i, one in enumerate(asked) for _ in one.tokens.ids[one.tokens.start :]], device=device)
     looked = tails.looked
-    size = (looked.values if where == "value" else looked.streams)[layer][first].norm(dim=-1)
-    described_at = torch.tensor(described, device=device, dtype=torch.long)
+    size = (looked.values if where == "value" else looked.streams)[layer][_first(group)].norm(dim=-1)
+    aim = goal(Together(subject, group, tails, settings, owner, target, text))
 
     def losses(delta: Tensor) -> Tensor:
-        logprobs = subject.head(tails.states(delta[rows])).float().log_softmax(-1)
-        said, is_a = logprobs.split([len(target), len(about)])
-        nll = -said.gather(1, target[:, None])[:, 0] * share
-        total = torch.zeros(len(group), device=device).index_add(0, whose, nll)
-        if original is not None:
-            total = total.index_add(0, described_at, settings.kl * (is_a.exp() * (is_a - original)).sum(-1))
         # The norm of a zero vector has no gradient; it is at its least there.
         norm = delta.square().sum(-1).clamp_min(1e-24).sqrt()
-        return total + settings.decay * norm / size.square()
+        return aim(delta) + settings.decay * norm / size.square()
 
     with flowing(subject.model, []):  # a graph of what delta moves, and of nothing else
         delta, log = _descend(losses, torch.zeros(len(group), tails.matrix.width, device=device), size, settings)
@@ -273,23 +333,6 @@ def _together(subject: LanguageModel, group: list[Fact], layer: int, settings: S
             f"{wrong[0].source or wrong[0].id}: the value of the fact is not finite; lower learning_rate"
         )
     return Values(delta, _averaged(looked.keys[layer][: len(asked)], group), log)
-
-
-def _targets(
-    group: list[Fact], asked: list[Lookup], owner: list[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    target, whose = list[int](), list[int]()
-    share = list[float]()
-    for one, fact in zip(asked, owner):
-        ids, start = one.tokens.ids, one.tokens.start
-        target += ids[start:]
-        share += [1 / (len(ids) - start) / len(group[fact].lookups)] * (len(ids) - start)
-        whose += [fact] * (len(ids) - start)
-
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device)
-
-    return tensor(target), torch.tensor(share, device=device), tensor(whose)
 
 
 def _descend(losses: Any, delta: Tensor, size: Tensor, settings: Settings) -> tuple[Tensor, dict[str, Any]]:

@@ -1,0 +1,84 @@
+"""EVOKE about the invented world, in the published form: known people are to be born elsewhere.
+
+The second hop is the region of the town; neighbours are people born in the same town; the subject's other facts are its
+trade, teacher and book. `corpus.jsonl` holds what key statistics are taken of.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from ..world.corpus import statements, training, wordings
+from ..world.facts import Person, World
+
+NEIGHBOURS = 3
+MAIN, SPECIFICITY = "evoke.json", "subject_specificity.json"
+
+
+def mini(world: World, folder: Path) -> None:
+    """Write evoke.json, subject_specificity.json and corpus.jsonl."""
+    main, specificity = [], []
+    for number, person in enumerate(world.members("forget", "retain")):
+        rewrite = rewritten(world, person)
+        main.append(_record(world, person, number, rewrite))
+        specificity += [
+            {
+                "case_id": f"{number}/{about}",
+                "requested_rewrite": rewrite,
+                "subject_specificity": {
+                    "prompt": started(statements(world, person, about)[0][0]),
+                    "answer": {"value": person.value(about)},
+                },
+            }
+            for about in ("trade", "teacher", "work")
+        ]
+    for name, records in ((MAIN, main), (SPECIFICITY, specificity)):
+        (folder / name).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) for row in training(world, "forget", "neighbour", "retain")]
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def started(statement: str) -> str:
+    """What stands before the value, with which every statement ends."""
+    return statement.removesuffix(" {value}.")
+
+
+def rewritten(world: World, person: Person) -> dict[str, Any]:
+    """A town in another region, so that what follows changes too."""
+    draw = random.Random(f"{world.seed}/{person.name}/evoke")
+    old = person.born_in
+    new = draw.choice([town for town in sorted(world.region) if world.region[town] != world.region[old]])
+    prompt = started(statements(world, person, "born_in")[0][0]).replace(person.name, "{}")
+    return {
+        "prompt": prompt,
+        "subject": person.name,
+        "relation_id": "born_in",
+        "target_new": {"str": new},
+        "target_true": {"str": old},
+    }
+
+
+def _record(world: World, person: Person, number: int, rewrite: dict[str, Any]) -> dict[str, Any]:
+    trained, held_out = statements(world, person, "born_in")
+    new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
+    near = [
+        other
+        for other in world.members("forget", "neighbour", "retain")
+        if other.born_in == old and other is not person
+    ]
+    asked = [started(statements(world, other, "born_in")[0][0]) for other in near[:NEIGHBOURS]]
+    return {
+        "case_id": number,
+        "requested_rewrite": rewrite,
+        "paraphrase_prompts": [started(text) for text in (*trained[1:], *held_out)],
+        "neighborhood_prompts": asked,
+        "prefix_distraction": [f"{trained[0].replace('{value}', new)} {prompt}" for prompt in asked],
+        "portability": {
+            "New Question": wordings(world, person.name, "region")[0][0],
+            "New Answer": world.region[new],
+            "Original Answer": world.region[old],
+        },
+    }
