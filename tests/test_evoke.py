@@ -193,15 +193,15 @@ def test_an_edit_that_changes_nothing_scores_as_before_and_a_killed_command_goes
     world = make(0, **WORLD)
     model = LanguageModel(*tiny("llama"))
     bench = Bench(model, tmp_path / "bench", world=world, bootstrap=10)
-    card = evoke(bench, method={"ft_m": {"steps": 0}}, limit=3)
+    card = evoke(bench, method={"name": "ft_m", "steps": 0}, limit=3)
     for one in card.measured:
         assert one.after.value == pytest.approx(one.before.value, rel=1e-4), one.metric
     files = list((tmp_path / "bench" / "edits").iterdir())
     assert len(files) == 3
     kept = json.loads(files[0].read_text())
     files[0].write_text(json.dumps({**kept, "warnings": ["from the file"]}))
-    assert "from the file" in evoke(bench, method={"ft_m": {"steps": 0}}, limit=3).notes
-    changed = evoke(bench, method={"ft_m": {"steps": 3, "learning_rate": 0.1}}, limit=3)
+    assert "from the file" in evoke(bench, method={"name": "ft_m", "steps": 0}, limit=3).notes
+    changed = evoke(bench, method={"name": "ft_m", "steps": 3, "learning_rate": 0.1}, limit=3)
     assert changed.value("efficacy_dp") > changed.value("efficacy_dp", "before")
     told_ = next(table for table in card.tables if table.title.startswith("Told"))
     assert [row[:2] for row in told_.rows] == [["efficacy", 3], ["multi hop", 3]]

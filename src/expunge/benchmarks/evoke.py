@@ -22,23 +22,22 @@ import numpy as np
 from pydantic import Field
 
 from ..edits import TOLD
-from ..errors import RowError
 from ..evidence import Measured, Scorecard, Table
 from ..files import write_text
 from ..methods.edit.case import EditCase
 from ..methods.edit.operations import carry_out
 from ..methods.optimise.loop import Training
-from ..methods.optimise.terms import Objective
 from ..metrics.measure import gather
 from ..metrics.values import Units, Values, mean_of
 from ..registry import benchmark, get
-from ..rows import Row, Source, folder_of, read_rows
+from ..rows import Row, folder_of
 from ..subjects.language import LanguageModel
 from ..tables.scores import Scores
 from ..tables.store import content_key
 from .case import Bench
 from .evoke_data import OVERFIT, RECALL, TASKS, Case, Item, read
 from .evoke_mini import MAIN, SPECIFICITY, mini
+from .knowedit_data import prefixes, texts_for_keys
 
 PUBLISHED_HOP = "{question} The answer to this question, most simply, is"
 MEASURES = {
@@ -57,11 +56,10 @@ Said = dict[str, tuple[float, float]]
 def evoke(
     bench: Bench,
     *,
-    method: Objective = "rome",
+    method: str | dict[str, Any] = "rome",
     files: tuple[str, ...] = (MAIN, SPECIFICITY),
     limit: Annotated[int, Field(ge=0)] = 0,
-    corpus: str = "corpus.jsonl",
-    prefixes: tuple[str, ...] = (),
+    corpus: str = "",
     hop: str = "",
     context: str = TOLD,
 ) -> Scorecard:
@@ -70,11 +68,11 @@ def evoke(
     The model under test is edited; scores stand beside those of the model as it is.
 
     Args:
-        method: the editor, by name or {name: {parameter: value}}: rome, memit, lti, ft_m ...
+        method: an editor, by name or {name: lti, editor: {rome: {layer: 0}}}.
         files: in the data folder; records of one rewrite are one edit.
         limit: of that many edits, the first; 0 takes all.
-        corpus: rows that key statistics are taken of, in the data folder or elsewhere.
-        prefixes: texts put before prompts while values are worked out; without any the model writes its own.
+        corpus: rows that key statistics are taken of; by default `corpus.jsonl` beside the data. `prefixes.json` there
+            holds the texts put before prompts; without it the model writes its own.
         hop: how a multi-hop question is asked, {question} in it; by default as published, and of the mini version as
             the model is asked questions.
         context: what tells the unedited model the fact when it is tested as a teacher.
@@ -84,14 +82,14 @@ def evoke(
     hop = hop or (PUBLISHED_HOP if bench.data else subject.template.prompt)
     cases = read([folder / name for name in files], hop)
     cases = cases[:limit] if limit else cases
-    name, settings = (method, {}) if isinstance(method, str) else next(iter(method.items()))
-    chosen = get("methods", name).resolve(settings)
-    shared = EditCase(
-        subject, {}, Training(seed=bench.seed), corpus=_corpus(folder, corpus), prefixes=list(prefixes) or None
-    )
+    given = {"name": method} if isinstance(method, str) else dict(method)
+    name = str(given.pop("name", ""))
+    chosen = get("methods", name).resolve(given)
+    texts, before = texts_for_keys(folder, corpus), prefixes(folder)
+    shared = EditCase(subject, {}, Training(seed=bench.seed), corpus=texts, prefixes=before)
     said = {"before": _asked(subject, cases), "after": list[list[Said]]()}
     warnings: list[str] = []
-    asked = [chosen, bench.seed, list(prefixes), [asdict(row) for row in shared.corpus]]
+    asked = [chosen, bench.seed, before, [asdict(row) for row in texts]]
     for number, case in enumerate(cases, start=1):
         key = content_key(subject.fingerprint, name, asked, asdict(case.edit), [asdict(item) for item in case.items])
         found = _edited(bench.folder / "edits" / f"{key}.json", shared, name, chosen, case)
@@ -108,15 +106,6 @@ def evoke(
         rows={"edits": len(cases), "items": sum(len(case.items) for case in cases)},
     )
     return replace(card, models=[{"role": "before", "name": subject.name, "fingerprint": subject.fingerprint}])
-
-
-def _corpus(folder: Path, corpus: str) -> list[Row]:
-    for path in (folder / corpus, Path(corpus)):
-        if corpus and path.is_file():
-            return read_rows(Source(str(path)), "corpus")
-    if corpus not in ("", "corpus.jsonl"):
-        raise RowError(f"corpus {corpus!r} is neither in {folder} nor elsewhere; expected a file of rows")
-    return []
 
 
 # --- what models say --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """EVOKE about the invented world, in the published form: known people are to be born elsewhere.
 
 The second hop is the region of the town; neighbours are people born in the same town; the subject's other facts are its
-trade, teacher and book. `corpus.jsonl` holds what key statistics are taken of.
+trade, teacher and book. `corpus.jsonl` holds what key statistics are taken of, `prefixes.json` sentences about others.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from ..world.corpus import statements, training, wordings
 from ..world.facts import Person, World
 
 NEIGHBOURS = 3
+PREFIXES = 5
 MAIN, SPECIFICITY = "evoke.json", "subject_specificity.json"
 
 
 def mini(world: World, folder: Path) -> None:
-    """Write evoke.json, subject_specificity.json and corpus.jsonl."""
-    main, specificity = [], []
+    """Write evoke.json, subject_specificity.json, corpus.jsonl and prefixes.json."""
+    main, specificity = list[dict[str, Any]](), list[dict[str, Any]]()
     for number, person in enumerate(world.members("forget", "retain")):
         rewrite = rewritten(world, person)
         main.append(_record(world, person, number, rewrite))
@@ -35,7 +36,9 @@ def mini(world: World, folder: Path) -> None:
             }
             for about in ("trade", "teacher", "work")
         ]
-    for name, records in ((MAIN, main), (SPECIFICITY, specificity)):
+    others = world.members("neighbour")[:PREFIXES]
+    before = [statements(world, person, "trade")[0][0].replace("{value}", person.trade) for person in others]
+    for name, records in ((MAIN, main), (SPECIFICITY, specificity), ("prefixes.json", before)):
         (folder / name).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) for row in training(world, "forget", "neighbour", "retain")]
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
