@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,20 +11,21 @@ from tiny import CONFIGS, GROUPED, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from expunge import registry
+from expunge import cli, registry
 from expunge.edits import EditRow
 from expunge.errors import MismatchError, ParameterError, RequestError, RowError, SubjectError, TableError
 from expunge.methods.edit import kn as kn_module
 from expunge.methods.edit.case import EditCase
 from expunge.methods.edit.tars import Concept, nearest, state, targeted
 from expunge.methods.guard.case import GuardCase
+from expunge.report.neurons import content, shown
 from expunge.rows import Row
 from expunge.subjects.anatomy import anatomy
 from expunge.subjects.checkpoint import opened
 from expunge.subjects.clamping import clamped, clamping, deviations, effects, next_logprobs, strongest
 from expunge.subjects.input_vectors import front_norm, neuron_matrices, present, reading_matrices
 from expunge.subjects.language import LanguageModel
-from expunge.subjects.neuron_map import Settings, build, load, overlap
+from expunge.subjects.neuron_map import NeuronMap, Part, Settings, build, load, overlap
 from expunge.subjects.projection import Readout, project
 from expunge.subjects.value_vectors import Address, value_matrices, vector, vectors
 
@@ -657,3 +659,120 @@ def test_what_kn_cannot_use_is_refused():
         kn(subject("opt"), steps=2)
     delta, _ = kn(subject("opt"), steps=2, erase=True)
     assert math.isfinite(float(next(iter(delta.entries.values()))["value"].sum()))
+
+
+# --- the command line and the page ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model whose neuron 1:9 reads " born"."""
+    model = subject()
+    (token,) = model.tokenizer(" born", add_special_tokens=False)["input_ids"]
+    head = Readout.of(model).head
+    with torch.no_grad():
+        vectors(model.model, neuron_matrices(model.model)[1])[9] = 3 * head[token] / head[token].norm() ** 2
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def told(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_find_maps_and_show_looks_up(folder, tmp_path, capsys):
+    code, out, err = told(
+        capsys, "neurons", "find", folder, "born", "--out", tmp_path / "map", "--k", 4, "--device", "cpu"
+    )
+    assert code == 0
+    assert "layers: 3 of 3" in err
+    first = out.splitlines()[3].split()
+    assert first[:2] == ["1:9", "1"]
+    assert "' born'" in out
+    code, out, _ = told(capsys, "neurons", "show", tmp_path / "map", "1:9", "nowhere", "--json")
+    found, none = json.loads(out)
+    (one,) = found["neurons"]
+    assert one["tokens"][0] == " born"
+    assert one["neuron"] == "1:9"
+    assert none == {"asked": "nowhere", "neurons": []}
+    code, out, _ = told(capsys, "neurons", "show", tmp_path / "map", "nowhere")
+    assert "it is no single token of this model" in out
+    code, out, _ = told(capsys, "neurons", "show", tmp_path / "map", "--layers", "1", "--count", 3)
+    assert [line.partition(":")[0] for line in out.splitlines()[2:]] == ["1"] * 3
+    code, out, _ = told(capsys, "neurons", "show", tmp_path / "map", "--against", tmp_path / "map")
+    assert out.splitlines()[-1].split() == ["all", "100.0%", "1.000"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["find", "MODEL", "--matrix", "side"], "--matrix is 'side'"),
+        (["find", "MODEL", "--layers", "3-1"], "'3-1' is no list of layers"),
+        (["find", "MODEL", "--layers", "9"], "none called 9 has an MLP"),
+        (["show", "MODEL"], "holds no neuron map"),
+        (["clamp", "MODEL", "1:9"], "give --prompt TEXT, or --rows FILE"),
+        (["clamp", "MODEL", "1:99", "--prompt", "the"], "neurons 0-63"),
+        (["clamp", "MODEL", "1:9", "--prompt", "the", "--token", "born in"], "'born in' is no single token"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, sentence, folder, tmp_path, capsys):
+    words = [str(folder) if word == "MODEL" else word for word in arguments]
+    words += ["--out", str(tmp_path / "map")] if words[0] == "find" else []
+    code, _, err = told(capsys, "neurons", *words)
+    assert code == 2
+    assert sentence in err.splitlines()[-1]
+
+
+def test_clamp_shows_every_value_beside_a_random_neuron(folder, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "where was Ilva born?", "answer": "Tivin"}\n')
+    arguments = ["neurons", "clamp", folder, "1:9", "--prompt", "Ilva was", "--rows", rows, "--new", 3]
+    code, out, _ = told(capsys, *arguments, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["token"] == " born"
+    model = LanguageModel.load(folder)
+    prompts = ["Ilva was", model.prompt_text(Row(id="a", prompt="where was Ilva born?", answer="Tivin"))]
+    (token,) = model.tokenizer(" born", add_special_tokens=False)["input_ids"]
+    size = float(deviations(model, prompts, neuron_matrices(model.model)[1])[9])
+    assert found["deviation"] == pytest.approx(size, rel=1e-4)
+    assert [one["value"] for one in found["effects"]] == pytest.approx([m * size for m in (-8, -4, 0, 4, 8)], rel=1e-4)
+    expected = effects(model, Address(1, 9), token, prompts, [one["value"] for one in found["effects"]])
+    assert [one["gain"] for one in found["effects"]] == pytest.approx([one.gain for one in expected], abs=1e-5)
+    assert found["random"]["neuron"].startswith("1:")
+    assert found["random"]["neuron"] != "1:9"
+    code, out, _ = told(capsys, *arguments, "--at", 2, "--at", -2, "--token", "Tivin")
+    assert code == 0
+    assert "token ' Tivin'" in out
+    assert len([line for line in out.splitlines() if line.startswith(("2 ", "-2 "))]) == 2
+
+
+def test_the_page_holds_the_strongest_neurons_and_nothing_from_elsewhere(folder, tmp_path, capsys):
+    told(capsys, "neurons", "find", folder, "--out", tmp_path / "map", "--page", 40, "--sign", "both")
+    page = (tmp_path / "map" / "neurons.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1))
+    made = load(tmp_path / "map")
+    assert [row[1] for row in data["rows"]] == [str(one.address) for one in made.strongest(40)]
+    words = [made.words[token] for token in next(made.strongest(1)).tokens]
+    assert [data["words"][i] for i in data["rows"][0][4:]] == [shown(word) for word in words]
+    assert page.count('<td class="address">') == 40
+    assert "http" not in re.sub(r'xmlns="[^"]*"', "", page)
+    assert "<h1>model</h1>" in page
+
+
+def test_no_token_can_end_the_pages_script_and_none_is_invisible():
+    part = _part([[0, 1, 2]])
+    made = NeuronMap("m", Settings(k=3), ("</script><b>", " \n", "\x06"), frozenset(), (part,), False, 1)
+    found = content(made, 10)
+    assert "</script" not in found["data"]
+    assert json.loads(found["data"])["words"] == ["</script><b>", "·⏎", "\\x06"]
+    assert shown("") == "(empty)"
+    assert not any(made.printable(token) for token in (1, 2))
+
+
+def _part(tokens):
+    tokens = torch.tensor(tokens, dtype=torch.int32)
+    ones = torch.ones(len(tokens))
+    return Part(0, None, tokens, torch.ones(tokens.shape).half(), 0 * ones, ones, ones)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import catalogue, deltas, editing, exact, ledger, measure, serve, work, world
+from .commands import catalogue, deltas, editing, exact, ledger, measure, neurons, serve, work, world
 from .commands.console import remark, say
 from .errors import LaunchError
 from .processes import end, launched
@@ -65,6 +65,7 @@ app.add_typer(ledger.app, name="ledger")
 app.add_typer(world.app, name="world")
 app.add_typer(deltas.app, name="delta")
 app.add_typer(exact.app, name="exact")
+app.add_typer(neurons.app, name="neurons")
 
 
 def main(arguments: list[str] | None = None) -> int:

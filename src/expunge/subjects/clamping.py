@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import ParameterError, SubjectError
 from .input_vectors import Kind, neuron_matrices
-from .language import LanguageModel
-from .value_vectors import Address, ValueMatrix, find
+from .language import LanguageModel, Progress
+from .projection import Readout, project
+from .value_vectors import Address, ValueMatrix, find, vectors
 from .watch import watch
 
 MULTIPLES = (-8.0, -4.0, 0.0, 4.0, 8.0)
@@ -91,9 +92,14 @@ def clamped(subject: LanguageModel, values: Mapping[Address, float], kind: Kind 
     return made
 
 
-@torch.no_grad()
 def deviations(subject: LanguageModel, texts: Sequence[str], matrix: ValueMatrix) -> Tensor:
-    """(f,) standard deviation of what every neuron of a matrix gives by itself, over all tokens of the texts.
+    """(f,) standard deviation of what every neuron of a matrix gives by itself; errors as `given`."""
+    return given(subject, texts, matrix).std(0)
+
+
+@torch.no_grad()
+def given(subject: LanguageModel, texts: Sequence[str], matrix: ValueMatrix) -> Tensor:
+    """(tokens, f) what every neuron of a matrix gives by itself, at all tokens of the texts.
 
     Raises:
         SubjectError: its experts are fused.
@@ -114,8 +120,7 @@ def deviations(subject: LanguageModel, texts: Sequence[str], matrix: ValueMatrix
     found = torch.cat(seen) if seen else torch.zeros(0, matrix.count)
     if len(found) < 2:
         raise ParameterError(f"the spread of a neuron needs at least 2 tokens of text, found {len(found)}")
-    whole = found.std(0)
-    return whole[matrix.part[0] :: matrix.part[1]][: matrix.count] if matrix.part else whole
+    return found[:, matrix.part[0] :: matrix.part[1]][:, : matrix.count] if matrix.part else found
 
 
 @dataclass(frozen=True)
@@ -166,3 +171,74 @@ def effects(
 def strongest(found: Sequence[Effect]) -> Effect:
     """The value that raises the token most."""
     return max(found, key=lambda one: one.gain)
+
+
+def sweep(
+    subject: LanguageModel,
+    address: Address,
+    prompts: Sequence[str],
+    *,
+    token: str | None = None,
+    values: Sequence[float] | None = None,
+    kind: Kind = "up",
+    new: int = 12,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A neuron held at several values, beside a random one of its layer: plain values for a page or a command.
+
+    Args:
+        token: text of a token; by default the one whose head row the neuron's own row is nearest to by product.
+        values: by default `MULTIPLES` of the neuron's own deviation, and of the random neuron's.
+        new: tokens written after the first prompt.
+
+    Raises:
+        ParameterError: the text is no single token.
+        SubjectError: as `clamped`.
+    """
+    matrix = find(subject.model, address, neuron_matrices(subject.model, kind))
+    named = _token(subject, matrix, address, token)
+    own = given(subject, prompts, matrix)
+    size = own.std(0)
+    other = torch.randint(matrix.count, (1,), generator=torch.Generator().manual_seed(seed)).item()
+    other = (address.dim + 1) % matrix.count if other == address.dim else int(other)
+    wanted = list(values) if values else [multiple * float(size[address.dim]) for multiple in MULTIPLES]
+    blind = list(values) if values else [multiple * float(size[other]) for multiple in MULTIPLES]
+    total, found = len(wanted) + 1, []
+    for number, value in enumerate(wanted, start=1):
+        (effect,) = effects(subject, address, named, prompts, [value], kind=kind)
+        text = _writes(clamped(subject, {address: value}, kind), prompts[0], new)
+        found.append({**asdict(effect), "text": text})
+        if progress:
+            progress(number, total)
+    control = matrix.address(other)
+    best = strongest(effects(subject, control, named, prompts, blind, kind=kind))
+    if progress:
+        progress(total, total)
+    return {
+        "neuron": str(address),
+        "token": subject.tokenizer.decode([named]),
+        "before": float(next_logprobs(subject, prompts)[:, named].exp().mean()),
+        "mean": float(own[:, address.dim].mean()),
+        "deviation": float(size[address.dim]),
+        "effects": found,
+        "random": {"neuron": str(control), **asdict(best)},
+        "text": _writes(subject, prompts[0], new),
+    }
+
+
+def _token(subject: LanguageModel, matrix: ValueMatrix, address: Address, text: str | None) -> int:
+    if text is None:
+        row = vectors(subject.model, matrix)[address.dim : address.dim + 1]
+        return int(project(Readout.of(subject), row, 1).tokens)
+    # A word inside a sentence has its space before it.
+    for spelt in (text, f" {text}"):
+        ids = subject.tokenizer(spelt, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            return int(ids[0])
+    pieces = subject.tokenizer.convert_ids_to_tokens(subject.tokenizer(text, add_special_tokens=False)["input_ids"])
+    raise ParameterError(f"{text!r} is no single token of {subject.name}, but {pieces}; name one of them")
+
+
+def _writes(subject: LanguageModel, prompt: str, new: int) -> str:
+    return subject.generate([(("0", "prompt"), prompt)], max_new_tokens=new).texts[0][0] if new else ""

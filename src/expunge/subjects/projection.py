@@ -30,10 +30,12 @@ ROWS, COLUMNS = 1024, 8192
 """Vectors and tokens of a tile: at most 32 MiB of scores, which stay in a CPU's cache."""
 CUDA_ROWS, CUDA_COLUMNS = 8192, 32768
 """... on a GPU, whose products need larger ones: 0.5 GiB."""
+HEAD_ROWS = 2048
+"""Rows of the head that its mean, norms and covariance are summed up from at once."""
 GROUPS = 512
 """Groups of tokens in a tile."""
-AGAIN = 128
-"""Vectors whose candidates are scored again at once: 10 MiB of the head's rows each, at d = 4096 and k = 10."""
+AGAIN, CUDA_AGAIN = 16, 1024
+"""Vectors whose candidates are scored again at once: 0.5 MiB of the head's rows for each, at d = 4096 and k = 10."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,18 @@ class Readout:
     @cached_property
     def centre(self) -> Tensor:
         """(e,) the mean of the head's rows."""
-        return torch.stack([rows.float().sum(0) for rows in self.head.split(COLUMNS)]).sum(0) / len(self.head)
+        return torch.stack([rows.float().sum(0) for rows in self.head.split(HEAD_ROWS)]).sum(0) / len(self.head)
 
     @cached_property
     def lengths(self) -> Tensor:
         """(V,) norms of the head's rows."""
-        return torch.cat([rows.float().norm(dim=1) for rows in self.head.split(COLUMNS)])
+        return torch.cat([rows.float().norm(dim=1) for rows in self.head.split(HEAD_ROWS)])
 
     @cached_property
     def spread(self) -> Tensor:
         """(e, e) covariance of the head's rows."""
         total = torch.zeros(self.head.shape[1], self.head.shape[1], dtype=torch.float64, device=self.head.device)
-        for rows in self.head.split(COLUMNS):
+        for rows in self.head.split(HEAD_ROWS):
             apart = (rows.float() - self.centre).to(self.dtype)
             total += apart.T @ apart
         return (total / len(self.head)).float()
@@ -195,8 +197,10 @@ def _rows(readout: Readout, block: Tensor, k: int, sign: Sign, probabilities: bo
     narrow = read.to(readout.dtype)
     found: list[tuple[Tensor, Tensor] | None] = [None] * len(factors)
     sums = []
+    tile = narrow.new_empty(len(narrow), min(columns, len(head)))  # memory that is new each time costs a tenth more
     for first in range(0, len(head), columns):
-        scores = narrow @ head[first : first + columns].to(readout.dtype).T
+        part = head[first : first + columns].to(readout.dtype).T
+        scores = torch.mm(narrow, part, out=tile) if part.shape[1] == tile.shape[1] else narrow @ part
         if probabilities:
             sums.append(scores.float().logsumexp(1))
         for number, factor in enumerate(factors):
@@ -243,8 +247,9 @@ def _settled(readout: Readout, read: Tensor, values: Tensor, tokens: Tensor, k: 
     tokens, order = tokens.sort(dim=1)
     values = values.gather(1, order)
     if readout.dtype != torch.float32:
-        pairs = zip(read.split(AGAIN), tokens.split(AGAIN))
-        values = torch.cat([torch.linalg.vecdot(readout.head[t.long()].float(), v[:, None]) for v, t in pairs])
+        size = CUDA_AGAIN if read.is_cuda else AGAIN
+        rows = (readout.head.index_select(0, t.flatten()).view(*t.shape, -1) for t in tokens.split(size))
+        values = torch.cat([torch.bmm(r.float(), v[:, :, None])[..., 0] for r, v in zip(rows, read.split(size))])
     values, order = values.float().sort(dim=1, descending=True, stable=True)
     return values[:, :k], tokens.gather(1, order)[:, :k]
 
