@@ -1,5 +1,6 @@
 """What a plan says is what a run needs: FLOPs by torch's counter, bytes by what autograd and the optimiser hold."""
 
+import collections
 import copy
 import gc
 import os
@@ -24,6 +25,7 @@ from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.scope import resolve
 from expunge.methods.optimise.unlearn import unlearn
+from expunge.metrics.measure import more_tables
 from expunge.plan import estimate, passes
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
@@ -207,15 +209,14 @@ def test_the_loop_holds_what_the_plan_says() -> None:
     planned = estimate(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
     held: dict[str, int] = {}
 
-    class Spy(torch.optim.AdamW):
-        def step(self, *arguments: object, **named: object) -> None:
-            moved = [p for group in self.param_groups for p in group["params"]]
-            held["gradients"] = sum(p.grad.nbytes for p in moved)
-            super().step(*arguments, **named)
-            held["optimiser"] = sum(t.nbytes for p in moved for t in self.state[p].values() if t.ndim)
+    class Spy(loop.AdamW):
+        def step(self, *arguments: object) -> None:
+            held["gradients"] = sum(p.grad.nbytes for p in self.parameters)
+            super().step(*arguments)
+            held["optimiser"] = sum(t.nbytes for p in self.masters for t in self.state[p].values() if t.ndim)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.torch.optim, "AdamW", Spy)
+        patch.setattr(loop, "AdamW", Spy)
         unlearn(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
     assert held == {name: planned["memory"][name] for name in held}
 
@@ -224,27 +225,35 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
     model, tokenizer = tiny("llama")
     subject, data = LanguageModel(model, tokenizer), people(4)
     data["forget"] = [replace(row, paraphrased_prompts=(f"{row.prompt} please",)) for row in data["forget"]]
+    long = f"{data['forget'][0].answer}, as everybody in the valley and beyond it has known for years"
+    data["forget"][0] = replace(data["forget"][0], answer=long)
     attacks = [("direct", {}), ("paraphrase", {}), ("decoding", {"samples": 4}), ("logit_lens", {}), ("quantise", {})]
     attacks += [("relearn", {"steps": 5, "batch_size": 3})]
     without_weights = LanguageModel(copy.deepcopy(model).to("meta"), tokenizer)
     planned = passes(without_weights, data, attacks, 1)
-    made = dict.fromkeys(("scored", "asked", "sampled", "hidden", "copies", "steps", "tokens"), 0)
+    made = collections.Counter[str]()
 
     def watched(name: str, count: Callable[..., tuple[str, int]]) -> None:
         original = getattr(LanguageModel, name)
 
         def call(self: LanguageModel, asked: list, *rest: object, **settings: object) -> object:
-            kind, number = count(self, asked, **settings)
+            kind, number = count(self, asked, *rest, **settings)
             made[kind if self is subject else "copies"] += number
             return original(self, asked, *rest, **settings)
 
         monkeypatch.setattr(LanguageModel, name, call)
 
-    watched("score", lambda _, items, **__: ("scored", len(items)))
-    watched("hidden", lambda _, prompts: ("hidden", len(prompts)))
+    watched("score", lambda _, items, *__, **___: ("scored", len(items)))
+    watched("gradients", lambda _, items, *__, **___: ("gradients", len(items)))
+    watched("patched_into", lambda _, __, items, **___: ("patched", len(items)))
+    watched("continuations", lambda _, items, *__, **___: ("continuations", len(items)))
+    watched("hidden", lambda _, prompts, *__: ("hidden", len(prompts)))
     watched(
         "generate",
-        lambda _, prompts, samples, temperature, **__: ("sampled" if temperature else "asked", len(prompts) * samples),
+        lambda _, prompts, *__, samples, temperature, **___: (
+            "sampled" if temperature else "asked",
+            len(prompts) * samples,
+        ),
     )
 
     def trained(*arguments: object, **settings: object) -> dict:
@@ -256,12 +265,19 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
     fit = loop.fit
     monkeypatch.setattr(loop, "fit", trained)
     store, limit = Store(tmp_path), longest_answer(subject, data)
-    ask_all(subject, data, limit, store)
+    more = more_tables() - {"divergences"}
+    ask_all(subject, data, limit, store, more=more, host=subject)
     carry_out(Case(subject, data, max_new_tokens=limit), attacks, store)
     assert planned["answers scored per model"] == made["scored"]
     assert planned["questions asked per model"] == made["asked"]
     assert planned["answers sampled per model"] == made["sampled"]
     assert planned["hidden states per model"] == made["hidden"]
+    assert planned["rows with gradients per model"] == made["gradients"] > 0
+    assert planned["rows whose states are patched per model"] == made["patched"] > 0
+    assert planned["answers continued from every beginning per model"] == made["continuations"] == 1
+    compared = "rows compared with an untrained network per model"
+    assert planned[compared] == 0
+    assert passes(without_weights, data, [], 1, metrics=["zrf"])[compared] == len(data["forget"])
     assert planned["questions to changed copies per model"] == made["copies"]
     assert planned["relearning steps per model"] == made["steps"] == 2 * 5
     assert planned["relearning tokens per model"] == made["tokens"] > 0

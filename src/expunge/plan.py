@@ -25,6 +25,7 @@ from .errors import SubjectError
 from .methods.optimise.loop import Drawn, Guard, Training, draw
 from .methods.optimise.scope import Resolved, resolve
 from .methods.optimise.unlearn import set_up
+from .metrics.measure import Asked, more_tables
 from .registry import Part
 from .request import Request, check, named, read_data
 from .rows import Row
@@ -32,8 +33,7 @@ from .subjects.language import LanguageModel, Template
 from .subjects.packed import Encoded, batches, pack
 from .subjects.soft import SoftPrompt
 from .tables.generations import Generations
-from .tables.passes import Ask, Generate, Hidden, longest_answer
-from .tables.view import candidates
+from .tables.passes import Ask, Continue, Generate, Hidden, Patch, Pull, Score, everything, longest_answer
 
 ATTAINED = 0.6
 """Share of the measured product rate that training reaches on large matrices."""
@@ -84,7 +84,14 @@ def plan(request: Request) -> Plan:
         model=request.model,
         method=part.name,
         scope=str(request.scope or "the method's own"),
-        audit=passes(subject, data, attacks, models=2 + len(request.gold), seed=request.audit.seed),
+        audit=passes(
+            subject,
+            data,
+            attacks,
+            models=2 + len(request.gold),
+            metrics=None if request.audit.metrics is None else named(request.audit.metrics),
+            seed=request.audit.seed,
+        ),
         **found,
     )
 
@@ -251,7 +258,7 @@ def _memory(
     memory = {
         "weights": shape.total * shape.item + (whole + copied) * shape.item + 4 * adapters,
         "fp32 masters": masters,
-        "gradients": dense * shape.item + masters + 4 * adapters,
+        "gradients": dense * shape.item + 4 * adapters,
         "optimiser": 8 * resolved.trainable,
         "best so far (guard)": 4 * resolved.trainable if guarded else 0,
         "activations": per_token * max((min(p.tokens, training.micro_tokens) for p in passes), default=0),
@@ -349,6 +356,7 @@ def passes(
     data: dict[str, list[Row]],
     attacks: Sequence[tuple[str, dict[str, Any]]],
     models: int,
+    metrics: Sequence[Asked] | None = None,
     seed: int = 0,
 ) -> dict[str, int]:
     """What the audit asks of every model.
@@ -357,8 +365,9 @@ def passes(
     """
     limit = longest_answer(subject, data)
     case = _Watched(subject, data, seed, limit)
-    for rows in data.values():
-        case.note(case.questions(rows))
+    more = more_tables(metrics)
+    for ask in everything(subject, data, limit, more=more - {"divergences"}, host=subject, seed=seed).values():
+        case.note(ask)
     for name, settings in attacks:
         part = registry.get("attacks", name)
         chosen = part.resolve(settings)
@@ -373,12 +382,31 @@ def passes(
         if isinstance(ask, Generate) and ask.temperature == 0
         for _, row, question in ask.prompts
     }
-    sampled = [ask for ask in case.asked if isinstance(ask, Generate) and ask.temperature > 0]
+    sampled = {
+        (row.id, question, ask.samples, ask.temperature, ask.seed): ask.samples
+        for ask in case.asked
+        if isinstance(ask, Generate) and ask.temperature > 0
+        for _, row, question in ask.prompts
+    }
+    scored = {(row.id, *texts) for ask in case.asked if isinstance(ask, Score) for _, row, *texts in ask.items}
+    continued = {
+        row.id
+        for ask in case.asked
+        if isinstance(ask, Continue)
+        for row, read in ((row, subject.encode(row)) for row in ask.rows)
+        if read.scored - read.closing > ask.shortest
+    }
+    compared = data.get("forget", []) if "divergences" in more else []
+    rows = {kind: {row.id for a in case.asked if isinstance(a, kind) for row in a.rows} for kind in (Pull, Patch)}
     return {
         "models": models,
-        "answers scored per model": sum(len(candidates(row)) for rows in data.values() for row in rows),
+        "answers scored per model": len(scored),
         "questions asked per model": len(greedy),
-        "answers sampled per model": sum(len(ask.prompts) * ask.samples for ask in sampled),
+        "answers sampled per model": sum(sampled.values()),
+        "rows with gradients per model": len(rows[Pull]),
+        "rows whose states are patched per model": len(rows[Patch]),
+        "answers continued from every beginning per model": len(continued),
+        "rows compared with an untrained network per model": len(compared),
         "hidden states per model": sum(len(ask.prompts) for ask in case.asked if isinstance(ask, Hidden)),
         "questions to changed copies per model": sum(len(a.prompts) for a in case.copies if isinstance(a, Generate)),
         "relearning steps per model": sum(len(drawn.steps) for drawn in case.taught),

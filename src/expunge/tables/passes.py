@@ -240,6 +240,39 @@ SHORTEST = 10
 """Extraction likelihood is about runs of at least so many tokens."""
 
 
+def everything(
+    subject: Any,
+    data: Mapping[str, list[Row]],
+    max_new_tokens: int,
+    *,
+    written: Collection[str] | None = None,
+    more: Collection[str] = (),
+    host: Any = None,
+    seed: int = 0,
+) -> dict[tuple[str, str], Ask]:
+    """What `ask_all` asks, by table and row set; its arguments."""
+    asks: dict[tuple[str, str], Ask] = {}
+    for rows, members in data.items():
+        items = tuple(((row.id, name_), row, text, None) for row in members for name_, text in candidates(row).items())
+        asks["scores", rows] = Score(items)
+    for rows in [rows for rows in data if written is None or rows in written] if max_new_tokens else []:
+        asks["generations", rows] = Generate(_questions(data[rows]), max_new_tokens)
+    forget = data.get("forget")
+    if forget and "samples" in more and max_new_tokens:
+        asks["samples", "forget"] = Generate(_questions(forget), max_new_tokens, SAMPLES, 1.0, seed)
+    if forget and "continuations" in more:
+        asks["continuations", "forget"] = Continue(tuple(forget), SHORTEST)
+    if forget and "divergences" in more and buildable(innermost(subject)):
+        # One network for all models of a kind: it is decided by their architecture.
+        asks["divergences", "forget"] = Compare(tuple(forget), fresh(innermost(subject), 0))
+    for kind, sets in (("gradients", ("forget", "holdout")), ("patched", ("forget", "retain"))):
+        for rows in sets if kind in more else ():
+            if data.get(rows) and (kind == "gradients" or host is not None):
+                several = tuple(data[rows])
+                asks[kind, rows] = Pull(several) if kind == "gradients" else Patch(several, host)
+    return asks
+
+
 def ask_all(
     subject: Any,
     data: Mapping[str, list[Row]],
@@ -266,29 +299,7 @@ def ask_all(
         host: the model before, into which states are patched; without it there are none.
         seed: of samples.
     """
-    asks: dict[tuple[str, str], Ask] = {}
-
-    def ask(kind: str, rows: str, made: Ask) -> None:
-        asks[kind, rows] = made
-
-    for rows, members in data.items():
-        items = tuple(((row.id, name_), row, text, None) for row in members for name_, text in candidates(row).items())
-        ask("scores", rows, Score(items))
-    for rows in [rows for rows in data if written is None or rows in written] if max_new_tokens else []:
-        ask("generations", rows, Generate(_questions(data[rows]), max_new_tokens))
-    forget = data.get("forget")
-    if forget and "samples" in more and max_new_tokens:
-        ask("samples", "forget", Generate(_questions(forget), max_new_tokens, SAMPLES, 1.0, seed))
-    if forget and "continuations" in more:
-        ask("continuations", "forget", Continue(tuple(forget), SHORTEST))
-    if forget and "divergences" in more and buildable(innermost(subject)):
-        # One network for all models of a kind: it is decided by their architecture.
-        ask("divergences", "forget", Compare(tuple(forget), fresh(innermost(subject), 0)))
-    for kind, sets in (("gradients", ("forget", "holdout")), ("patched", ("forget", "retain"))):
-        for rows in sets if kind in more else ():
-            if data.get(rows) and (kind == "gradients" or host is not None):
-                several = tuple(data[rows])
-                ask(kind, rows, Pull(several) if kind == "gradients" else Patch(several, host))
+    asks = everything(subject, data, max_new_tokens, written=written, more=more, host=host, seed=seed)
     answers = dict(zip(asks, run(subject, list(asks.values()), store, progress)))
 
     def of(kind: str) -> dict[str, Any]:
