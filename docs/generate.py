@@ -23,6 +23,7 @@ DOCS = Path(__file__).parent
 NOTE = "<!-- Written by `make docs` from the cards in src/expunge; edit those. -->\n"
 COLUMNS = {
     "methods": ("kind", "intention", "paper"),
+    "merges": ("paper", "cost"),
     "attacks": ("group", "access", "paper"),
     "metrics": ("direction", "ideal", "paper"),
     "benchmarks": ("paper", "data"),
@@ -31,6 +32,8 @@ COLUMNS = {
 }
 INTRODUCTION = {
     "methods": "How to forget. Parameters: `method: {name: npo, beta: 0.2}` in the request, or `--set beta=0.2`.",
+    "merges": "How several deltas of one base become one: `expunge delta merge A B --how ties --set density=0.2 "
+    "--out DIR`. [What for](../deltas.md).",
     "attacks": "How the audit tries to bring the knowledge back. By default these run: "
     + ", ".join(f"`{name}`" for name in STANDARD)
     + "; a request names others: `audit: {attacks: [direct, many_shot, {relearn: {steps: 64}}]}`.",

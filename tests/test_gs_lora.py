@@ -224,6 +224,7 @@ def test_one_seed_starts_adapters_alike_whatever_was_drawn_before(vit, data):
 def test_models_and_scopes_without_adapters_are_refused(vit, data):
     with pytest.raises(ScopeError, match="scope 'all' has no adapters"):
         run(vit, data, scope="all")
+    assert not same(run(vit, data, scope="layers:-1", alpha=0.0), run(vit, data))
     with pytest.raises(ScopeError, match="no adapters that start at nothing"):
         run(vit, data, scope="lora(r=2, modules=mlp, init=pissa)")
     net = untrained(CLASSES, Recipe(side=8, widths=(4, 8)), 0)

@@ -71,6 +71,20 @@ class MethodCard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeCard:
+    """A way to make one delta of several."""
+
+    name: str
+    paper: str
+    summary: str
+    cost: str
+    requires: tuple[str, ...] = ()
+    """Beside the deltas: the `base` model, `rows` without answers."""
+    modality: tuple[str, ...] = ("image", "language")
+    kind: str = "merge"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackCard:
     """An attempt to bring the knowledge back."""
 
@@ -148,7 +162,7 @@ class SubjectCard:
     kind: str = "subject"
 
 
-Card = MethodCard | AttackCard | MetricCard | BenchmarkCard | SubjectCard | ReproductionCard
+Card = MethodCard | MergeCard | AttackCard | MetricCard | BenchmarkCard | SubjectCard | ReproductionCard
 
 
 def first_sentence(summary: str) -> str:

@@ -64,6 +64,11 @@ class Delta:
         forms = {_form(name, entry) for name, entry in self.entries.items()}
         return forms.pop() if len(forms) == 1 else "mixed" if forms else "empty"
 
+    @property
+    def memories(self) -> list[str]:
+        """Where memories stand: entries that change no weights."""
+        return [name for name, entry in self.entries.items() if _form(name, entry) in MEMORIES]
+
     @staticmethod
     def from_models(base: LanguageModel, changed: LanguageModel, names: Iterable[str] | None = None) -> Delta:
         """The dense delta between two subjects of one shape; tensors that are equal have no entry.
@@ -119,7 +124,7 @@ class Delta:
         for name in self.entries:
             if name not in own:
                 raise MismatchError(f"{subject.name} has no tensor {name}, which the delta changes")
-        beside = [name for name, entry in self.entries.items() if _form(name, entry) in MEMORIES]
+        beside = self.memories
         if beside and scale != 1:
             raise DeltaError(f"tensor {beside[0]}: a memory is there or it is not, it cannot be put on {scale} times")
         changed = self.entries.keys() - set(beside)
@@ -136,18 +141,27 @@ class Delta:
                 if "slice" in self.entries[name]:
                     self._move_slice(name, target, own[name], scale)
                     continue
-                change = self._change(name, target.shape).to(target.device)
+                change = self.change(name, target.shape).to(target.device)
                 target.copy_((own[name].float() + scale * change).to(target.dtype))
         made = subject.with_model(model)
         made.base = subject
         return made
 
-    def _change(self, name: str, shape: torch.Size) -> Tensor:
+    def change(self, name: str, shape: torch.Size) -> Tensor:
+        """fp32 change of one tensor of this shape, whatever its entry's form.
+
+        Raises:
+            MismatchError: the entry is of a tensor of another shape.
+        """
         entry = self.entries[name]
         if "index" in entry:
             flat = torch.zeros(shape.numel())
             flat[entry["index"]] = entry["value"].float()
             return flat.view(shape)
+        if "slice" in entry:
+            whole = torch.zeros(shape)
+            self._move_slice(name, whole, whole, 1.0)
+            return whole
         change = self.difference(name)
         if change.shape != shape:
             raise MismatchError(f"tensor {name} has shape {tuple(shape)}, the delta {tuple(change.shape)}")
@@ -320,7 +334,7 @@ def compose(deltas: Sequence[Delta]) -> Delta:
     entries: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(name for delta in deltas for name in delta.entries):
         parts = [delta.entries[name] for delta in deltas if name in delta.entries]
-        entries[name] = parts[0] if len(parts) == 1 else _summed(name, parts)
+        entries[name] = parts[0] if len(parts) == 1 else summed(name, parts)
     lineage = {"stack": [delta.lineage for delta in deltas]}
     return Delta(deltas[0].base, entries, lineage, deltas[-1].result)
 
@@ -337,7 +351,7 @@ def _told(deltas: Sequence[Delta]) -> Delta:
     return Delta(deltas[0].base, {}, {"stack": [delta.lineage for delta in deltas]}, config=config)
 
 
-def _summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One entry for several of one tensor: of places, low rank or memories where all are, else dense."""
     forms = {_form(name, part) for part in parts}
     if forms & set(MEMORIES):
@@ -353,21 +367,50 @@ def _summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
             "B": torch.cat(scaled, 1),
             "scale": torch.ones(()),
         }
+    values, put = aligned(name, parts)
+    return put(torch.stack(values).sum(0))
+
+
+Put = Callable[[Tensor], dict[str, Tensor]]
+"""Makes an entry of changes at the places that were aligned."""
+
+
+def aligned(name: str, parts: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], Put]:
+    """Changes of one tensor by several entries, of one shape: at all the places that any of them moves where all have
+    places, else of the whole tensor; and how an entry is made of such changes.
+
+    Raises:
+        DeltaError: entries of places stand beside one another whose kinds of place differ.
+    """
     for where, what in (("index", "value"), ("slice", "difference")):
         if all(where in part for part in parts):
-            kept, into = torch.cat([part[where] for part in parts]).unique(return_inverse=True)
-            changes = torch.cat([part[what] for part in parts])
-            return {what: changes.new_zeros(len(kept), *changes.shape[1:]).index_add_(0, into, changes), where: kept}
-    dense = [Delta("", {name: dict(part)}).difference(name) for part in parts if not {"index", "slice"} & part.keys()]
-    if not dense:
+            return _at_places(parts, where, what)
+    shaped = {i: Delta("", {name: dict(p)}).difference(name) for i, p in enumerate(parts) if not _places(p)}
+    if not shaped:
         raise DeltaError(f"tensor {name}: slices and sparse entries cannot be stacked without a base; apply one by one")
-    total = torch.stack(dense).sum(0)
+    shape = next(iter(shaped.values())).shape
+    dense = [shaped.get(i) for i in range(len(parts))]
+    whole = [Delta("", {name: dict(p)}).change(name, shape) if d is None else d for d, p in zip(dense, parts)]
+    for one in whole:
+        if one.shape != shape:
+            raise MismatchError(
+                f"tensor {name} has shape {tuple(shape)} in one delta and {tuple(one.shape)} in another"
+            )
+    return [one.float() for one in whole], lambda values: {"difference": values}
+
+
+def _at_places(parts: Sequence[Mapping[str, Tensor]], where: str, what: str) -> tuple[list[Tensor], Put]:
+    kept = torch.cat([part[where] for part in parts]).unique()
+    found = []
     for part in parts:
-        if "slice" in part:
-            total.index_add_(0, part["slice"], part["difference"])
-        elif "index" in part:
-            total.view(-1).index_add_(0, part["index"], part["value"].to(total.dtype))
-    return {"difference": total}
+        change = part[what].float()
+        empty = change.new_zeros(len(kept), *change.shape[1:])
+        found.append(empty.index_add_(0, torch.searchsorted(kept, part[where]), change))
+    return found, lambda values: {what: values, where: kept}
+
+
+def _places(entry: Mapping[str, Tensor]) -> bool:
+    return "index" in entry or "slice" in entry
 
 
 def _narrow(parts: Sequence[Mapping[str, Tensor]]) -> bool:

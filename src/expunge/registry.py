@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from .cards import AttackCard, BenchmarkCard, Card, MethodCard, MetricCard, ReproductionCard, SubjectCard
+from .cards import AttackCard, BenchmarkCard, Card, MergeCard, MethodCard, MetricCard, ReproductionCard, SubjectCard
 from .errors import CardError, ParameterError, UnknownNameError, suggest
 
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "expunge.methods.guard",
         "expunge.methods.exact",
     ),
+    "merges": ("expunge.merges",),
     "attacks": ("expunge.attacks",),
     "metrics": ("expunge.metrics",),
     "benchmarks": ("expunge.benchmarks",),
@@ -195,6 +196,7 @@ def _plain(room: str, card_type: type[Any]) -> Callable[..., Callable[[F], F]]:
     return decorator
 
 
+merge = _plain("merges", MergeCard)
 attack = _plain("attacks", AttackCard)
 metric = _plain("metrics", MetricCard)
 benchmark = _plain("benchmarks", BenchmarkCard)

@@ -24,7 +24,9 @@ def load_plugins(files: list[Path] | None) -> None:
 
 
 def list_parts(
-    room: Annotated[str, typer.Argument(help="methods, attacks, metrics, benchmarks, subjects or reproductions.")],
+    room: Annotated[
+        str, typer.Argument(help="methods, merges, attacks, metrics, benchmarks, subjects or reproductions.")
+    ],
     json: Json = False,
     plugin: Plugins = None,
 ) -> None:
@@ -90,7 +92,7 @@ def find_part(name: str) -> Any:
             continue
     names = [part.name for room in ROOMS for part in parts(room)]
     raise UnknownNameError(
-        f"no method, attack, metric, benchmark or subject is called {name!r}. {suggest(name, names)}"
+        f"no method, merge, attack, metric, benchmark or subject is called {name!r}. {suggest(name, names)}"
     )
 
 

@@ -1,14 +1,14 @@
-"""`expunge delta`: look at what a method changed, put it on a model, stack several, take it back."""
+"""`expunge delta`: look at what a method changed, put it on a model, stack or merge several, take it back."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .catalogue import Json
-from .console import say, say_json, say_table, size
+from .catalogue import Json, Plugins, load_plugins
+from .console import assignments, say, say_json, say_table, size
 
 app = typer.Typer()
 Folder = Annotated[Path, typer.Argument(help="Delta folder, e.g. OUT/delta.")]
@@ -16,7 +16,7 @@ Folder = Annotated[Path, typer.Argument(help="Delta folder, e.g. OUT/delta.")]
 
 @app.callback()
 def group() -> None:
-    """What a method changed: show, apply, stack, negate. The base model is never modified."""
+    """What a method changed: show, apply, stack, merge, negate. The base model is never modified."""
 
 
 @app.command()
@@ -54,16 +54,7 @@ def apply(
 
     found = [Delta.load(folder) for folder in deltas]
     delta = found[0] if len(found) == 1 else compose(found)
-    if Path(base).suffix in (".yaml", ".yml", ".json"):
-        from ..request import load
-        from ..run import load_subject
-
-        subject = load_subject(load(base))
-    else:
-        from ..subjects.language import LanguageModel
-
-        subject = LanguageModel.load(base)
-    changed = delta.apply(subject, scale=scale)
+    changed = delta.apply(_base(base), scale=scale)
     place = remembers(changed.model)
     if place:
         raise DeltaError(
@@ -71,6 +62,18 @@ def apply(
         )
     changed.save(out)
     say(str(out))
+
+
+def _base(source: str) -> Any:
+    """The model a folder, hub id or request file names."""
+    if Path(source).suffix in (".yaml", ".yml", ".json"):
+        from ..request import load
+        from ..run import load_subject
+
+        return load_subject(load(source))
+    from ..subjects.opening import open_subject
+
+    return open_subject(source)
 
 
 @app.command()
@@ -82,6 +85,42 @@ def stack(
     from ..deltas import Delta, compose
 
     compose([Delta.load(folder) for folder in deltas]).save(out)
+    say(str(out))
+
+
+@app.command()
+def merge(
+    deltas: Annotated[list[Path], typer.Argument(help="Delta folders, all made on one base.")],
+    out: Annotated[Path, typer.Option(help="Folder for the one delta.")],
+    how: Annotated[str, typer.Option(help="The merge; `expunge list merges` shows all.")] = "task_arithmetic",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A parameter of the merge, e.g. density=0.2.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="The base: folder, hub id or request file, for merges that look at it.")
+    ] = "",
+    rows: Annotated[
+        list[Path] | None,
+        typer.Option("--rows", help="Rows or pictures that such merges ask about; several make several sets."),
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Make one delta of several that were made side by side on one base.
+
+    So an unlearning and another fine-tune of the same model come together. Deltas of different bases are refused.
+    """
+    load_plugins(plugin)
+    from ..deltas import Delta
+    from ..merges.case import merge as carry_out
+    from ..pictures import read_pictures
+    from ..rows import Source, read_rows
+
+    settings = assignments(set_ or [])
+    found = [Delta.load(folder) for folder in deltas]
+    subject = _base(base) if base else None
+    read: Any = read_pictures if subject is not None and subject.modality == "image" else read_rows
+    sets = [read(Source(str(path)), path.stem) for path in rows or []]
+    carry_out(found, how, settings, subject=subject, rows=sets).save(out)
     say(str(out))
 
 

@@ -41,17 +41,18 @@ def _prepare(case: Preparation) -> None:
     if case.scope is None:
         case.scope = "lora(r=8, alpha=1, modules=mlp)"
     lora = resolve(case.scope, subject.model).lora
-    if lora is None or lora.init in PRINCIPAL:
+    if settings["alpha"] and (lora is None or lora.init in PRINCIPAL):
         raise ScopeError(
             f"gs_lora: scope {case.scope!r} has no adapters that start at nothing; expected e.g. lora(r=8, alpha=1, "
-            "modules=mlp)"
+            "modules=mlp), or the method's alpha = 0"
         )
     bound = 2 + 2 * math.log(subject.vocabulary) if settings["bound"] is None else settings["bound"]
     case.given["bound"] = bound
     case.summary["bound"] = bound
-    case.around = partial(_around, settings=settings)
     case.after = partial(_after, settings=settings)
-    case.trained = partial(activity, grouping=settings["grouping"])
+    if lora is not None:
+        case.around = partial(_around, settings=settings)
+        case.trained = partial(activity, grouping=settings["grouping"])
     if not settings["prototypes"]:
         return
     measured = settings["prototype_bound"] is None
@@ -104,7 +105,8 @@ def gs_lora(
     step in place of the term's gradient, so that groups become exactly 0 and stay so. `prototypes` makes it GS-LoRA++
     (arXiv:2501.09705): states are pushed from their class's prototype on forget rows and held on retain rows, in KL of
     softmaxes over their entries or in squared distance; `prototype_bound` None is the mean distance between
-    prototypes (published: 18, for 512 entries). `ema_decay` averages weights from epoch `ema_epoch` on.
+    prototypes (published: 18, for 512 entries). With alpha 0 any scope will do. `ema_decay` averages weights from epoch
+    `ema_epoch` on.
 
     Published: AdamW, learning rate 0.01 falling by a cosine, weight decay 0.05, a batch of 48. Decay shrinks groups
     too: compare sparsity at equal decay.
