@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from expunge.reproductions import corrective, iau, image_baselines, ssd
+from expunge.reproductions import corrective, gs_lora, iau, image_baselines, ssd
 from expunge.reproductions.pictures import CLASSES, Kept, answers
 from expunge.subjects.image import ImageClassifier, Preparation
 from expunge.world.pictures.draw import digits
@@ -254,3 +254,54 @@ def test_pixels_are_prepared_once_and_answers_are_distributions():
     assert len(asked) == 6  # and one to find the head
     pixels = torch.stack([subject.encode(row).pixels for row in rows])
     assert np.allclose(found, model(pixels).detach().double().log_softmax(-1), atol=1e-6)
+
+
+def gs_lora_rows(changes):
+    """(data, way, name) to value; every claim holds but for what is changed."""
+    plain = {"before": 0.96, "forget": 0.0, "retain": 0.96, "old": 0.01, "missing": None, "h": 0.96, "seconds": 2.0}
+    adapted = {"share": 0.09, "active": 4, "of": 4}
+    ways = {
+        ("plain", "GS-LoRA"): {},
+        ("plain", "GS-LoRA, proximal"): {"active": 2},
+        ("plain", "fine-tune"): {"h": 0.5},
+        ("plain", "retrain"): {"h": 0.8},
+        ("few-shot", "GS-LoRA++"): {"retain": 0.95},
+        ("few-shot", "bounded, all weights"): {"retain": 0.9, "h": 0.93},
+        ("missing", "GS-LoRA"): {"missing": 0.8},
+        ("missing", "GS-LoRA++"): {"missing": 0.85},
+    }
+    found = []
+    for data, names in gs_lora.ASKED.items():
+        for way in names:
+            own = {**plain, **(adapted if "LoRA" in way else {}), **ways.get((data, way), {})}
+            own |= {name: value for (d, w, name), value in changes.items() if (d, w) == (data, way)}
+            for task in (1, 2, 3):
+                old = None if task == 1 else own["old"]
+                found += [{"data": data, "way": way, "task": task, "seed": s, **own, "old": old} for s in SEEDS]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "claim"),
+    [
+        ({("plain", "GS-LoRA", "old"): 0.06}, 0),
+        ({("plain", "GS-LoRA", "retain"): 0.91}, 0),
+        ({("plain", "retrain", "h"): 0.93}, 1),
+        ({("plain", "bounded, all weights", "h"): 0.99}, 2),
+        ({("plain", "GS-LoRA, proximal", "active"): 4}, 3),
+        ({("plain", "GS-LoRA, proximal", "h"): 0.9}, 3),
+        ({("few-shot", "GS-LoRA++", "retain"): 0.91}, 4),
+        ({("missing", "GS-LoRA++", "missing"): 0.81}, 5),
+    ],
+)
+def test_each_criterion_of_gs_lora_can_fail(change, claim):
+    assert [one.holds for one in gs_lora.judge(gs_lora_rows({}))] == [True] * 6 + [None]
+    found = [one.holds for one in gs_lora.judge(gs_lora_rows(change))]
+    assert found == [*(i != claim for i in range(6)), None]
+
+
+def test_the_tables_of_gs_lora_have_a_cell_for_every_column():
+    for data in gs_lora.DATA:
+        table = gs_lora._table(gs_lora_rows({}), data)
+        assert len(table.rows) == len(gs_lora.ASKED[data])
+        assert {len(row) for row in table.rows} == {len(table.columns)}
