@@ -140,8 +140,8 @@ NOTES = [
     "and criteria were decided on seed 100, which is none of those recorded; GS-LoRA++ has push 0.1 and pull 0.1, for "
     "with 0.01 and 0.001 it did there what GS-LoRA did.",
     "A block is active where the norm of its adapters is above 1/1000 of the largest. Under AdamW the group term's "
-    "gradient shrinks all blocks alike, first of all in the steps before B has grown: on seed 100 nothing was forgotten "
-    "any more with alpha 0.002. Published runs have a learning rate, decay and 100 epochs of their own.",
+    "gradient shrinks all blocks alike, first of all in the steps before B has grown: on seed 100 nothing was "
+    "forgotten any more with alpha 0.002. Published runs have a learning rate, decay and 100 epochs of their own.",
     "H is 0 where accuracy on the forgotten classes rose. Accuracies are without a margin.",
 ]
 
