@@ -145,7 +145,7 @@ def _around(turn: Turn, settings: dict[str, Any]) -> Tensor:
     """The objective's gradient, and the group term's: each matrix over its group's norm."""
     members = groups(turn.subject.model, settings["grouping"])
     lengths = {name: norm([p.detach() for p in some]) for name, some in members.items()}
-    if settings["proximal"]:
+    if settings["proximal"] and turn.index:  # before the first step B is 0, and not because it was switched off
         off = [name for name, length in lengths.items() if not length]
         if len(off) == len(members):
             raise TrainingError(
