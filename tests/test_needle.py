@@ -10,7 +10,7 @@ from expunge import deltas, registry
 from expunge.deltas import compose
 from expunge.errors import ParameterError, RequestError, ScopeError, SubjectError
 from expunge.methods.edit.case import EditCase
-from expunge.methods.edit.needle import ablate, needle
+from expunge.methods.edit.needle import _shared, ablate, needle
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import unlearn
 from expunge.rows import Row
@@ -321,6 +321,34 @@ def test_the_search_takes_as_many_vectors_as_it_was_told_or_says_that_they_are_n
     inside = case(model, scope="role:mlp_out@1")
     needle(inside, count=3)
     assert {text[0] for text in inside.summary["needle"]["vectors"]} == {"1"}
+
+
+def test_several_concepts_are_searched_by_themselves_and_what_they_share_is_said():
+    model = subject()
+    other = [Row(id=f"o{i}", prompt=f"who taught Carth {i}?", answer=f"Vunk {i}", entity="Carth") for i in range(6)]
+    own = [replace(row, entity="Ilva") for row in FORGET]
+    both = case(model, data={"forget": own + other, "retain": RETAIN})
+    delta = needle(both, count=2, by_entity=True)
+    found = both.summary["needle"]["concepts"]
+    assert list(found) == ["Ilva", "Carth"]
+    alone = {
+        name: needle_vectors(model, mine, [*RETAIN, *rest])
+        for name, mine, rest in (("Ilva", own, other), ("Carth", other, own))
+    }
+    assert {name: one["vectors"] for name, one in found.items()} == alone
+    distinct = set(alone["Ilva"]) | set(alone["Carth"])
+    assert set(both.summary["needle"]["vectors"]) == distinct
+    assert delta.cost()["parameters"] == 32 * len(distinct)
+    claims = {"Ilva": [Address(0, 1), Address(1, 2)], "Carth": [Address(1, 2)], "Mo": [Address(0, 3)]}
+    assert _shared(claims) == ["vector 1:2 holds several concepts (Ilva, Carth); it is ablated once"]
+    with pytest.raises(RequestError, match="by_entity searches"):
+        needle(case(model), vectors=("0:3",), by_entity=True)
+
+
+def needle_vectors(model, forget, retain):
+    made = case(model, data={"forget": forget, "retain": retain})
+    needle(made, count=2)
+    return made.summary["needle"]["vectors"]
 
 
 def test_training_moves_the_chosen_vectors_and_nothing_else():

@@ -22,6 +22,7 @@ from ..edits import EditRow
 from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
 from ..files import write_text
+from ..methods.edit import operations
 from ..methods.edit.case import EditCase
 from ..methods.edit.operations import Mode, carry_out
 from ..methods.optimise.loop import Training
@@ -145,7 +146,7 @@ def _editing(bench: Bench, method: str | dict[str, Any], folder: Path, path: str
     given.pop("name", None)
     editor = registry.get("methods", name)
     settings = editor.resolve(given)
-    if editor.card.kind != "edit":
+    if not operations.edits(editor):
         raise ParameterError(f"method {name} is of kind {editor.card.kind}, expected an editor such as rome or ft_m")
     case = EditCase(
         bench.subject,

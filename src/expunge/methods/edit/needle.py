@@ -10,7 +10,8 @@ With an objective the vectors are then trained, alone, by gradient unlearning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ much accuracy."""
     requires=("weights", "forget_data", "retain_data"),
     cost="2N per prompt token, once, to find the vectors; d numbers for each of them",
     known_weaknesses=("relearn",),
+    aliases={"concept_ablation": {}},
 )
 def needle(
     case: EditCase,
@@ -54,6 +56,7 @@ def needle(
     mode: Mode = "noise",
     noise: float = 5.0,
     absolute: bool = False,
+    by_entity: bool = False,
     objective: Objective | None = None,
 ) -> Edit:
     """Drown the value vectors that hold a concept in noise, or zero, flip or project them (Hong et al. 2024).
@@ -62,8 +65,8 @@ def needle(
     be about one concept, known by the tokens they are full of and retain rows are not. `count: search` takes the
     fewest of 1, 2, 5, 10, 20 that halve the probability of the concept's answers and cost retain rows at most 2 points
     of accuracy. `noise` is in multiples of a vector's root mean square; `absolute` takes it as it is (the paper: 0.1,
-    about 5 times the entries of a 7B model). `objective` then trains the vectors, and nothing else, with any gradient
-    objective.
+    about 5 times the entries of a 7B model). `by_entity` takes every entity of the forget rows for a concept of its
+    own. `objective` then trains the vectors, and nothing else, with any gradient objective.
     """
     if noise < 0:
         raise RequestError(f"needle: noise is {noise}, expected at least 0")
@@ -73,36 +76,82 @@ def needle(
     twice = [str(address) for address in named if named.count(address) > 1]
     if twice:
         raise RequestError(f"needle: vectors names {twice[0]} twice")
+    if named and by_entity:
+        raise RequestError("needle: by_entity searches the vectors of every entity, and vectors names some already")
     matrices = _within(case)
-    tokens = _tokens(case) if not named or mode == "project" else ()
-
-    def ablated(addresses: Sequence[Address]) -> Delta:
-        return ablate(case.subject, addresses, mode=mode, noise=noise, absolute=absolute, tokens=tokens, seed=case.seed)
-
+    settings: dict[str, Any] = {"mode": mode, "noise": noise, "absolute": absolute, "seed": case.seed}
+    concepts = _concepts(case, by_entity) if not named or mode == "project" else {}
+    tokens = {name: _tokens(one) for name, one in concepts.items()}
     chosen, about = named, dict[str, Any]()
     if not named:
-        ranked = _search(case, tokens, by, matrices)
-        best = [one.address for one in ranked.candidates]
-        if count == "search":
-            chosen, about = _fewest(case, best, ablated)
-        else:
-            chosen = best[:count]
-        about |= {"searched": ranked.searched, "by": by}
-        about["concept"] = case.subject.tokenizer.convert_ids_to_tokens(list(tokens))
-        if ranked.unsearched:
-            case.warnings.append(
-                f"{ranked.unsearched} value vectors of fused experts were not searched: they show no activations; "
-                "needle(by='z') ranks them too"
-            )
+        found = {name: _located(one, tokens[name], by, count, matrices, settings) for name, one in concepts.items()}
+        if by_entity:
+            case.warnings += [f"{name}: {text}" for name, one in concepts.items() for text in one.warnings]
+        chosen = list(dict.fromkeys(address for addresses, _ in found.values() for address in addresses))
+        about = {"by": by, "concepts": {name: told for name, (_, told) in found.items()}}
+        if not by_entity:
+            about = {"by": by, **next(iter(about["concepts"].values()))}
+        case.warnings += _shared({name: addresses for name, (addresses, _) in found.items()})
     for address in chosen:
         find(case.subject.model, address, matrices)
-    delta = ablated(chosen)
+    every = tuple(dict.fromkeys(token for several in tokens.values() for token in several))
+    delta = ablate(case.subject, chosen, tokens=every, **settings)
     case.summary["needle"] = {"vectors": [str(address) for address in chosen], "mode": mode, **about}
     if objective is None:
         return delta
     start = delta.apply(case.subject)
     trained = case.unlearn(objective, phase="train", subject=start, scope=" + ".join(map(_scope, chosen)))
     return compose([delta, trained.delta])
+
+
+def _concepts(case: EditCase, by_entity: bool) -> dict[str, EditCase]:
+    """The request, or one for each entity of its forget rows; other entities' rows are among those to be kept."""
+    if not by_entity:
+        return {"": case}
+    forget = case.data.get("forget", [])
+    found = {}
+    for name in dict.fromkeys(row.entity for row in forget):
+        own = [row for row in forget if row.entity == name]
+        others = [row for row in forget if row.entity != name]
+        data = {**case.data, "forget": own, "retain": [*case.data.get("retain", []), *others]}
+        found[name] = replace(case, data=data, warnings=[])
+    return found or {"": case}
+
+
+def _located(
+    case: EditCase,
+    tokens: Sequence[int],
+    by: Criterion,
+    count: int | Literal["search"],
+    matrices: Sequence[ValueMatrix],
+    settings: Mapping[str, Any],
+) -> tuple[list[Address], dict[str, Any]]:
+    """The vectors of one concept, and what was found on the way."""
+    ranked = _search(case, tokens, by, matrices)
+    best = [one.address for one in ranked.candidates]
+    if ranked.unsearched:
+        case.warnings.append(
+            f"{ranked.unsearched} value vectors of fused experts were not searched: they show no activations; "
+            "needle(by='z') ranks them too"
+        )
+    chosen, about = best if count == "search" else best[:count], dict[str, Any]()
+    if count == "search":
+        chosen, about = _fewest(case, best, lambda found: ablate(case.subject, found, tokens=tokens, **settings))
+    about |= {"searched": ranked.searched, "concept": case.subject.tokenizer.convert_ids_to_tokens(list(tokens))}
+    return chosen, {**about, "vectors": [str(address) for address in chosen]}
+
+
+def _shared(found: Mapping[str, Sequence[Address]]) -> list[str]:
+    """A sentence for every vector that several concepts lay claim to; it is ablated once."""
+    owners: dict[Address, list[str]] = {}
+    for name, addresses in found.items():
+        for address in addresses:
+            owners.setdefault(address, []).append(name)
+    return [
+        f"vector {address} holds several concepts ({', '.join(names)}); it is ablated once"
+        for address, names in owners.items()
+        if len(names) > 1
+    ]
 
 
 def ablate(
@@ -177,7 +226,7 @@ def _tokens(case: EditCase) -> tuple[int, ...]:
                 f"request.data.{name}: 0 rows, but needle needs some to find the concept's vectors; or name them: "
                 "vectors=[20:10513]"
             )
-    texts, others = ([f"{row.prompt} {row.answer}" for row in rows] for rows in (forget, retain))
+    texts, others = ([" ".join((row.prompt, row.answer, *row.aliases)) for row in rows] for rows in (forget, retain))
     return distinctive(case.subject, texts, others)
 
 
