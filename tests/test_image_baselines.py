@@ -297,6 +297,30 @@ def test_the_gradient_of_the_restriction_is_its_finite_difference(data):
         assert float(found[name][place]) == pytest.approx(expected, rel=1e-2, abs=1e-4)
 
 
+def test_scrub_is_rewound_to_the_epoch_that_errs_as_on_holdout_rows(subject, data, monkeypatch):
+    from expunge.methods.edit import scrub_r as file
+    from expunge.methods.edit.case import Known
+
+    # Accuracies after steps 2, 4 and 5 on forget rows, then on holdout rows.
+    said = iter([0.9, 0.5, 0.1, 0.4])
+    monkeypatch.setattr(file, "knows", lambda model, rows: Known(0.0, next(said)))
+    training = Training(steps=5, batch_size=4, learning_rate=1e-3)
+    sets = {"forget": data["retain"][:8], "retain": data["retain"][8:], "holdout": data["forget"]}
+    part = registry.get("methods", "scrub_r")
+    case = EditCase(subject, sets, training)
+    delta = part.function(case, **part.resolve({}))
+    about = case.summary["scrub_r"]
+    assert about["steps"] == [2, 4, 5]
+    assert about["errors"] == pytest.approx([0.1, 0.5, 0.9])
+    assert (about["holdout_error"], about["chosen_step"]) == (pytest.approx(0.6), 4)
+    four = run(subject, sets, "scrub", training=Training(steps=4, batch_size=4, learning_rate=1e-3, guard=None))
+    assert delta.entries.keys() == four.delta.entries.keys()
+    for name, entry in four.delta.entries.items():
+        assert torch.allclose(delta.entries[name]["difference"], entry["difference"], atol=1e-7)
+    with pytest.raises(RequestError, match=r"request.data.holdout: 0 rows, but scrub_r rewinds"):
+        edit(subject, data, "scrub_r")
+
+
 def test_unsir_makes_noise_that_errs_and_leaves_the_start_model_alone(subject, data):
     from expunge.subjects.image import weights_fingerprint
 
@@ -334,6 +358,9 @@ def test_language_models_are_retrained_and_noised_by_the_same_methods():
         "model.norm.weight",
         "lm_head.weight",
     }
+    rewound, case = edit(language, {**sets, "holdout": rows[4:]}, "scrub_r")
+    assert rewound.entries
+    assert len(case.summary["scrub_r"]["errors"]) == 5
     restricted, _ = edit(language, sets, "retrain", epochs=1.0, batch_size=3, restriction=0.1)
     assert restricted.entries
     noised, _ = edit(language, sets, "fisher_forgetting", alpha=1e-9)

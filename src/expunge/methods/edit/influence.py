@@ -84,15 +84,17 @@ def solve(
     done = 0
     while done < iterations and now > RESIDUAL**2 * start:
         product = hessian_product(case.subject, rows, names, direction, batch_size=batch_size)
-        product = [h + damping * p for h, p in zip(product, direction)]
         curvature = _dot(direction, product)
         done += 1
+        # Of H itself: where it is negative but damping just outweighs it, the step along it has no bound.
         if curvature <= 0:
             case.warnings.append(
                 f"influence: negative curvature in direction {done} of the solver; its solution so far is used. The "
-                "model is at no minimum of the retain rows' loss: raise damping"
+                "model is at no minimum of the retain rows' loss"
             )
             break
+        product = [h + damping * p for h, p in zip(product, direction)]
+        curvature += damping * _dot(direction, direction)
         length = now / curvature
         for values, along in ((x, direction), (residual, [-h for h in product])):
             for value, a in zip(values, along):

@@ -32,7 +32,7 @@ def scrub(
 
     KL_T(start model || model) is taken at temperature T and multiplied by T^2. The paper passes over forget rows first
     and then over retain rows; here a step holds as many of both. `ce+kl` ascends on the forget rows' cross-entropy too,
-    as the corrective benchmark's copy does (arXiv:2402.14015). Without the rewinding of SCRUB+R.
+    as the corrective benchmark's copy does (arXiv:2402.14015). `scrub_r` rewinds it.
     """
     loss = gamma * negative_log_likelihood(step.retain)
     if alpha:
