@@ -324,10 +324,11 @@ def test_the_reading_of_a_stream_does_not_change_with_its_size():
 def test_streams_above_a_change_are_those_of_whole_passes():
     model = subject()
     texts = [[5, 9, 30, 41, 7], [8, 3, 77, 12]]
-    tails = Tails(model, texts, [2, 1], 0, [[3, 4], [2]])
     change = torch.randn(2, 32)
     for layer in (1, 2):
+        tails = Tails(model, texts, [2, 1], 0, [[3, 4], [2]])
         found = []
+        tails.states(torch.zeros_like(change))  # proves tails on this model
         for way in (tails._tail, tails._whole):
             tails._pass = way
             found.append(tails.through(change, layer))
