@@ -541,8 +541,6 @@ def lay_out(case: ExactCase, design: Design) -> Ensemble:
     folder = Path(case.folder)
     stages = Stages(case.subject, design.stage)
     about = {
-        "format": FORMAT,
-        "design": _plain(design),
         "base": {"fingerprint": case.subject.fingerprint, "modality": case.subject.modality},
         "blocks": stages.groups,
         "data": dict(case.data),
@@ -550,8 +548,11 @@ def lay_out(case: ExactCase, design: Design) -> Ensemble:
     }
     if (folder / "ensemble.json").is_file():
         begun = Ensemble.load(folder)
-        for what, there in (("design", _plain(begun.design)), ("base", begun.about["base"])):
-            if there != about[what]:
+        for what, same in (
+            ("design", _plain(begun.design) == _plain(design)),
+            ("base", begun.about["base"] == about["base"]),
+        ):
+            if not same:
                 raise EnsembleError(f"{folder} holds an ensemble with another {what}; choose another folder")
         return begun
     if folder.is_dir() and any(folder.iterdir()):
@@ -565,11 +566,21 @@ def lay_out(case: ExactCase, design: Design) -> Ensemble:
     for row in case.rows:  # what does not fit the model is found before anything is trained
         stages.subject.encode(row)
     rows = {row.id: (cell, row_print(row)) for row, cell in zip(case.rows, where)}
+    return write(folder, design, about, rows)
+
+
+def write(folder: Path, design: Design, about: Mapping[str, Any], rows: Mapping[str, tuple[Cell, str]]) -> Ensemble:
+    """A folder without any stage.
+
+    Args:
+        rows: each with its cell and the hash of what it says.
+    """
     none: dict[int, frozenset[Order]] = {shard: frozenset() for shard in range(design.shards)}
+    said = {"format": FORMAT, "design": _plain(design), **about}
     with complete_folder(folder) as partial:
-        Ensemble(partial, design, about, rows, (), none)._write_rows()
+        Ensemble(partial, design, dict(about), dict(rows), (), none)._write_rows()
         (partial / "events.jsonl").write_text("", encoding="utf-8")
-        write_text(partial / "ensemble.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        write_text(partial / "ensemble.json", json.dumps(said, indent=1, ensure_ascii=False) + "\n")
     return Ensemble.load(folder)
 
 
