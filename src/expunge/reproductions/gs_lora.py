@@ -34,6 +34,7 @@ WAYS: Mapping[str, tuple[str, dict[str, Any], str | None, dict[str, Any]]] = {
     "GS-LoRA, no group term": ("gs_lora", {"alpha": 0.0}, None, ADAPTERS),
     "GS-LoRA, alpha 0.001": ("gs_lora", {"alpha": 1e-3}, None, ADAPTERS),
     "GS-LoRA, proximal": ("gs_lora", {"alpha": 15.0, "proximal": True}, None, ADAPTERS),
+    "GS-LoRA, 180 steps": ("gs_lora", {}, None, {**ADAPTERS, "steps": 180}),
     "GS-LoRA++": ("gs_lora_plus_plus", {}, None, ADAPTERS),
     "bounded, all weights": ("gs_lora", {"alpha": 0.0}, "all", FULL),
     "fine-tune": ("neggrad_plus", {"weight": 1.0}, "all", FULL),
@@ -41,10 +42,12 @@ WAYS: Mapping[str, tuple[str, dict[str, Any], str | None, dict[str, Any]]] = {
 }
 """Method, settings, scope and training. NegGrad+ of weight 1 is descent on the retain rows of the same steps."""
 ASKED = {
-    "plain": tuple(WAYS),
+    "plain": tuple(name for name in WAYS if name != "GS-LoRA, 180 steps"),
     "few-shot": ("GS-LoRA", "GS-LoRA++", "bounded, all weights"),
     "missing": ("GS-LoRA", "GS-LoRA++"),
 }
+LONGER = {"plain": ("GS-LoRA, 180 steps",)}
+"""Asked in trials of their own: whether what GS-LoRA misses is a matter of steps."""
 SPARSE = ("GS-LoRA", "GS-LoRA, alpha 0.001", "GS-LoRA, proximal")
 
 
@@ -78,13 +81,22 @@ def transformer(seed: int) -> ImageClassifier:
 
 def trial(seed: int) -> dict[str, Any]:
     """`{data: {way: [what is left after each task]}}` of one original."""
+    return _served(seed, ASKED)
+
+
+def longer(seed: int) -> dict[str, Any]:
+    """The same of what takes more steps."""
+    return _served(seed, LONGER)
+
+
+def _served(seed: int, asked: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     rows = digits(SIDE)
     original = transformer(seed)
     encoded = [original.encode(row) for row in rows["train"]]
     teach(original, encoded, epochs=30, batch_size=64, learning_rate=2e-3, seed=seed)
     found = {
         data: {name: sequence(original, rows, DATA[data], name, seed) for name in names}
-        for data, names in ASKED.items()
+        for data, names in asked.items()
     }
     return {"ways": found, "accuracy": float(_hits(original, rows["test"]).mean())}
 
@@ -122,7 +134,7 @@ def gs_lora(case: Case) -> Findings:
     """Three requests for two digits each, one after the other, in adapters of a vision transformer."""
     flat = [
         {"data": data, "way": way, "task": place, "seed": one["seed"], **stage}
-        for one in case.trials(trial, [{}])
+        for one in [*case.trials(trial, [{}]), *case.trials(longer, [{}])]
         for data, ways in one["ways"].items()
         for way, stages in ways.items()
         for place, stage in enumerate(stages, start=1)
@@ -142,6 +154,8 @@ NOTES = [
     "A block is active where the norm of its adapters is above 1/1000 of the largest. Under AdamW the group term's "
     "gradient shrinks all blocks alike, first of all in the steps before B has grown: on seed 100 nothing was "
     "forgotten any more with alpha 0.002. Published runs have a learning rate, decay and 100 epochs of their own.",
+    "Where GS-LoRA misses, the second task was not finished after 60 steps, and its classes count as `old` in the "
+    "third: with 180 steps see the line of that name, which no criterion reads.",
     "H is 0 where accuracy on the forgotten classes rose. Accuracies are without a margin.",
 ]
 
@@ -174,7 +188,8 @@ def judge(flat: Sequence[Trial]) -> list[Claim]:
             "faces and ImageNet100, four tasks: H above that of every baseline",
             "GS-LoRA: H at least 90 after each task on average over seeds; earlier forgotten classes at most 5 %; kept "
             "classes at least 92 % on average",
-            f"H {', '.join(map(number, each))}; earlier classes {', '.join(map(number, old))} %; kept {number(kept)} %",
+            f"H {', '.join(map(number, each))}; earlier classes {', '.join(map(number, old))} %; kept {number(kept)} % "
+            f"(GS-LoRA++: H {', '.join(number(mean('h', 'GS-LoRA++', 'plain', task)) for task in (1, 2, 3))})",
             min(each) >= 90 and max(old) <= 5 and kept >= 92,
         ),
         Claim(
@@ -228,7 +243,7 @@ def judge(flat: Sequence[Trial]) -> list[Claim]:
 
 def _table(flat: Sequence[Trial], data: str) -> Table:
     lines = []
-    for way in ASKED[data]:
+    for way in (name for name in WAYS if name in (*ASKED[data], *LONGER.get(data, ()))):
         cells: list[str] = []
         for task in (1, 2, 3):
             rows = [row for row in flat if (row["data"], row["way"], row["task"]) == (data, way, task)]
