@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .catalogue import Json
-from .console import progressing, say, say_json, say_table
+from .console import progressing, remark, say, say_json, say_table
 
 if TYPE_CHECKING:
     from ..subjects.neuron_map import Neuron, NeuronMap
@@ -108,6 +108,8 @@ def show(
     from ..subjects.neuron_map import load, overlap
 
     made = load(folder)
+    if not made.complete:
+        remark(f"{folder} is not complete; the same `expunge neurons find` goes on")
     if against is None:
         _list(made, what or [], count, _layers(layers), all_tokens, json)
         return

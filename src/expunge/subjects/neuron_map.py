@@ -5,7 +5,7 @@ row of S, its strength z = (max S - mean S) / deviation of S, so that long rows 
 are the paper's; `gate` rows and value vectors (`down`) are read alike. A folder holds one file a layer, with the hash
 of the weights it was made of: a map that was killed goes on, and layers whose weights have changed are read again.
 
-    map.json            model, settings, the tokenizer's tokens
+    map.json            model, settings, the tokenizer's tokens, whether every layer asked for is there
     layer-000.safetensors
         tokens int32 (f, k), scores float16 (f, k), mean, deviation, cosine float32 (f,), lse float32 (f,) if asked for
         in experts' layers "3/tokens" ...
@@ -103,6 +103,8 @@ class NeuronMap:
     """The head is the embedding matrix."""
     total: int = 0
     """Layers of the model."""
+    complete: bool = True
+    """Whether what was to be mapped is; else layers may be missing, or be of the weights before a change."""
 
     def __len__(self) -> int:
         return sum(len(part.tokens) for part in self.parts)
@@ -193,7 +195,7 @@ def build(
     Raises:
         SubjectError: there is no such matrix or layer.
         ParameterError: k is more than there are tokens.
-        MismatchError: the folder holds a map of other settings.
+        MismatchError: the folder holds a map of other settings, or of another model.
         OutputError: the folder cannot be written.
     """
     settings = settings or Settings()
@@ -221,6 +223,8 @@ def build(
             found += _layer(subject, folder, mine, readout, settings, norm, holding, head)
             if progress:
                 progress(done, len(wanted))
+    about["complete"] = True
+    _keep(folder, about)
     return _made(about, found)
 
 
@@ -299,6 +303,7 @@ def _about(subject: LanguageModel, settings: Settings, depth: int) -> dict[str, 
         "tied": bool(getattr(subject.model.config.get_text_config(), "tie_word_embeddings", False)),
         "settings": asdict(settings),
         "special": sorted(tokenizer.all_special_ids),
+        "complete": False,
         "words": [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in range(len(tokenizer))],
     }
 
@@ -307,10 +312,17 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
     path = folder / "map.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("format", "settings"):
+        for name in ("format", "settings", "model", "layers"):
             if before.get(name) != about[name]:
-                raise MismatchError(f"{folder} holds a map with {name} {before.get(name)}, asked for {about[name]}")
-    write_text(path, json.dumps(about, ensure_ascii=False) + "\n")
+                raise MismatchError(
+                    f"{folder} holds a map with {name} {before.get(name)}, asked for {about[name]}; choose another "
+                    "--out"
+                )
+    _keep(folder, about)
+
+
+def _keep(folder: Path, about: dict[str, Any]) -> None:
+    write_text(folder / "map.json", json.dumps(about, ensure_ascii=False) + "\n")
 
 
 def _write(path: Path, tensors: dict[str, Tensor], key: str) -> None:
@@ -350,6 +362,7 @@ def _made(about: dict[str, Any], parts: Sequence[Part]) -> NeuronMap:
         tuple(parts),
         about["tied"],
         about["layers"],
+        about["complete"],
     )
 
 
