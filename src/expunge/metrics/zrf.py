@@ -1,4 +1,4 @@
-"""Zero retrain forgetting: how nearly a model answers as one that never learnt anything (arXiv:2205.08096, sec. 4)."""
+"""Zero retrain forgetting: how nearly a model answers as one that never learnt anything (arXiv:2205.08096)."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def iau(
     min_magnitude: Annotated[float, Field(ge=0)] = 0.0,
     batch_size: Annotated[int, Field(ge=1)] = 64,
 ) -> Edit:
-    """Step once up the loss of forget rows and down that of retain rows (IAU 2025, eq. 9-12).
+    """Step once up the loss of forget rows and down that of retain rows (IAU 2025).
 
     `sign` moves every weight with a gradient by the full rate, noise included; `min_magnitude` holds those whose |g| is
     no larger. `learning_rate` None is 1e-3 for sign, 0.1 for gradient. Each of several steps takes g anew, without

@@ -35,7 +35,7 @@ def scrub_r(
     ascent: Literal["kl", "ce+kl"] = "kl",
 ) -> Edit:
     """Run `scrub`, keep the weights of every epoch, and return those whose error on forget rows is nearest to the final
-    model's error on holdout rows (Kurmanji et al. 2023, sec. 3.3).
+    model's error on holdout rows (Kurmanji et al. 2023).
 
     Holdout rows must be like the forget rows, of the same classes, and never trained on: their error is what a model
     that never saw the forget rows would make on these. Of two epochs as near the later one is taken. Scopes are those

@@ -29,7 +29,7 @@ def l1_sparse(
     plain: Annotated[float, Field(ge=0, lt=1)] = 0.0,
 ) -> Tensor:
     """Add g_t |theta|_1 to an objective, with g_t = strength (1 - t / (1 - plain)) at the share t of the steps (Jia et
-    al. 2023, eq. 4).
+    al. 2023).
 
     The penalty is 0 in the last `plain` share of the steps. It is part of the gradient that the optimiser sees: AdamW
     moves a weight that the objective does not pull at by the full learning rate, however small `strength` is. The log's

@@ -1,4 +1,4 @@
-"""Gradient restriction: training that leaves no row with a large gradient (IAU, arXiv:2507.23257, sec. 4.3)."""
+"""Gradient restriction: training that leaves no row with a large gradient (IAU, arXiv:2507.23257)."""
 
 from __future__ import annotations
 
