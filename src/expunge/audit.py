@@ -23,23 +23,27 @@ from .verdict import Judgement, Rules, Runs, auc, decide, judge, null
 Progress = Callable[[str, int, int], None]
 Attacks = Sequence[tuple[str, dict[str, Any]]]
 
-STANDARD = ("decoding", "direct", "logit_lens", "paraphrase", "quantise", "quantise_8bit", "relearn")
-"""What runs unless a request names attacks: one or two cheap ones of each group. The others cost more, or need to be
-chosen for a subject."""
+STANDARD = (
+    *("decoding", "direct", "linear_probe", "logit_lens", "membership", "nearest_features"),
+    *("paraphrase", "quantise", "quantise_8bit", "relearn", "relearn_speed", "transformed"),
+)
+"""What runs unless a request names attacks, of those that serve the subject: one or two cheap ones of each group. The
+others cost more, or need to be chosen for a subject."""
 
 PROOF: dict[str, dict[str, dict[str, Any]]] = {
-    "quick": {"decoding": {"samples": 8}, "relearn": {"steps": 16}},
+    "quick": {"decoding": {"samples": 8}, "relearn": {"steps": 16}, "relearn_speed": {"steps": 8}},
     "standard": {},
-    "thorough": {"decoding": {"samples": 64}, "relearn": {"steps": 128}},
+    "thorough": {"decoding": {"samples": 64}, "relearn": {"steps": 128}, "relearn_speed": {"steps": 64}},
 }
 """What the depth of proof changes in the attacks' own budgets."""
 
 FLAGS_OF_GUARDS = "keeps_forget_data"
 
 
-def battery(proof: str = "standard") -> list[tuple[str, dict[str, Any]]]:
+def battery(proof: str = "standard", modality: str = "language") -> list[tuple[str, dict[str, Any]]]:
     """The attacks of an audit that names none, at the budget of a depth of proof."""
-    return [(name, PROOF[proof].get(name, {})) for name in STANDARD]
+    serving = {part.name for part in registry.serving("attacks", modality)}
+    return [(name, PROOF[proof].get(name, {})) for name in STANDARD if name in serving]
 
 
 def audit(
@@ -70,26 +74,29 @@ def audit(
     """Attack and measure a model beside the one before and retrained ones, and judge it.
 
     Args:
-        after: the model under suspicion: a LanguageModel, or a guard around one.
+        after: the model under suspicion: any subject that answers, or a guard around one.
         before: the model that knew; without it full recall counts as 1 and nothing can be called a side effect.
         golds: models trained without the forget rows, one per seed.
         data: row sets by name; `forget` is needed, `retain`, `neighbour`, `holdout`, `general` are used where given.
         folder: where tables are kept (`folder/tables`); what is there is not computed again.
-        attacks: (name, settings); `STANDARD` at the budget of `proof` by default.
+        attacks: (name, settings); those of `STANDARD` that serve the model, at the budget of `proof`, by default.
         rules_of_inference: how relations compose; what follows of the forgotten from what is kept is listed.
         max_new_tokens: length of answers; by default the longest known answer and a few tokens.
         self_test: try the instrument on the model before, held-out golds and a filter around the model before.
         shared: a second folder of tables that other runs use too.
 
     Raises:
-        RequestError: there is nothing to judge.
+        RequestError: there is nothing to judge, or an attack or metric is for models of another kind.
         MismatchError: models that cannot be compared.
     """
     if not data.get("forget"):
         raise RequestError("nothing to judge: the request has no knowledge queries (0 forget rows)")
     comparable(after, [m for m in (before, *golds) if m is not None])
     data = {name: rows for name, rows in data.items() if rows}
-    asked = list(attacks) if attacks is not None else battery(proof)
+    for room, named in (("attacks", attacks), ("metrics", metrics)):
+        for one in named or ():
+            registry.check_serves(registry.get(room, one if isinstance(one, str) else one[0]), after)
+    asked = list(attacks) if attacks is not None else battery(proof, after.modality)
     limit = max_new_tokens or longest_answer(after, data)
     store = Store(folder / "tables", shared)
     written = Written(store)
@@ -97,7 +104,7 @@ def audit(
     models: dict[str, Any] = {"before": before} if before is not None else {}
     models |= {"after": after, **{f"gold/{i}": gold for i, gold in enumerate(golds)}}
 
-    more = more_tables(metrics)
+    more = more_tables(metrics, after.modality)
     views: dict[str, View] = {}
     runs: dict[str, list[ProbeRun]] = {}
     for role, model in models.items():
@@ -129,8 +136,9 @@ def audit(
 
     rules = Rules(draws=bootstrap, seed=seed)
     all_runs = Runs(runs.get("before", []), runs["after"], golds_runs)
-    chance = null(all_runs, rules)
     judgement = judge(all_runs, rules)
+    all_runs = all_runs.settled(judgement)
+    chance = null(all_runs, rules)
     _caveats(judgement.probes)
     began = time.monotonic()
     tested = None
@@ -183,6 +191,7 @@ def audit(
             verdict=verdict,
             implied=follows if rules_of_inference else None,
             safety=len(data.get("safety", [])),
+            prompts=not all(row.closed for row in data["forget"]),
             notes=notes,
         ),
         examples=_examples(data, views, seed),
@@ -310,7 +319,7 @@ def _examples(data: dict[str, list[Row]], views: dict[str, View], seed: int) -> 
                     "set": name,
                     "row": row.id,
                     "entity": row.entity,
-                    "question": row.prompt,
+                    **row.shown(),
                     "answer": row.answer,
                     "before": said.get("before", ""),
                     "after": said["after"],

@@ -104,15 +104,13 @@ def _values(subject: Any, golds: Sequence[Any], data: dict[str, Any], store: Any
     from .tables.view import NotApplicable
 
     limit = longest_answer(subject, data)
-    more = more_tables()
+    more = more_tables(modality=subject.modality)
     view = replace(
         ask_all(subject, data, limit, store, more=more, name=subject.name),
         golds=[ask_all(gold, data, limit, store, more=more, name=gold.name) for gold in golds],
     )
     found = {}
-    for part in registry.parts("metrics"):
-        if "language" not in part.card.modality:
-            continue
+    for part in registry.serving("metrics", subject.modality):
         try:
             found[part.name] = values(part, view).value
         except NotApplicable:

@@ -17,7 +17,8 @@ GROUPS = ("direct", "black_box", "latent", "tamper", "reintroduce")
 
 @dataclass
 class Item:
-    """One forget query under one probe: how much of the knowledge came back, 0 to 1."""
+    """One forget query under one probe: how much of the knowledge came back, 1 all of it. Scores that count beyond a
+    control (membership, features) may be below 0."""
 
     entity: str
     row: str

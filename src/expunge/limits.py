@@ -10,6 +10,7 @@ from .evidence import ProbeRun, Verdict
 IMPLIED = 5
 """Facts that follow from others, named in the report."""
 
+NO_PROMPTS = "In-context reintroduction: not applicable because the model takes no text beside what it classifies."
 REINTRODUCED = 0.5
 """Share of the forgotten facts that contexts bring back from which on a filter is called for."""
 
@@ -24,6 +25,7 @@ def lines(
     verdict: Verdict,
     implied: Mapping[str, Sequence[str]] | None = None,
     safety: int = 0,
+    prompts: bool = True,
     notes: Sequence[str] = (),
 ) -> list[str]:
     """The limits section, in the order of the specification, followed by what this audit in particular left out.
@@ -31,6 +33,7 @@ def lines(
     Args:
         implied: forget rows that follow from kept ones, with those; None where the request has no rules of inference.
         safety: number of safety prompts.
+        prompts: whether a model is asked in texts, into which knowledge and orders can be written.
     """
     card = method.get("card") or {}
     scored = [run for run in runs if run.status == "scored"]
@@ -43,10 +46,10 @@ def lines(
         _gold(golds, gold_kind),
         _weights(card, verdict),
         _kept(card),
-        _reintroduced(scored),
+        _reintroduced(scored) if prompts else NO_PROMPTS,
         _implied(implied),
         _open(access, verdict),
-        _safety(safety),
+        _safety(safety, prompts),
         "Nothing is claimed about knowledge the request did not name, and nothing here is a legal conclusion.",
     ]
     found += [f"Not scored: {run.attack} ({run.status})." for run in runs if run.status != "scored"]
@@ -119,9 +122,11 @@ def _implied(implied: Mapping[str, Sequence[str]] | None) -> str:
     )
 
 
-def _safety(prompts: int) -> str:
-    if prompts:
-        return f"Safety behaviours were compared with those before on {prompts} prompts, and on no others."
+def _safety(rows: int, prompts: bool) -> str:
+    if rows:
+        return f"Safety behaviours were compared with those before on {rows} prompts, and on no others."
+    if not prompts:
+        return "Safety behaviours were not tested: the request names no rows on which the model must do as before."
     return (
         "Safety behaviours (refusing unsafe requests, system over user) were not tested: the request names no prompts."
     )

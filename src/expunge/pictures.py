@@ -10,29 +10,36 @@ Other column names are mapped with `fields`. Every error names file, row and fie
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .errors import RowError, suggest
-from .rows import Source, records
+from .rows import Source, matching, picked, records
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 COLUMNS = {"image": ("image", "img"), "label": ("label", "fine_label"), "entity": ("entity",), "id": ("id",)}
 """Our names, and the columns that are taken for them without a mapping."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+SHOWN = 128
+"""Pixels of the longer side of a picture in a report."""
+
+
+@dataclass(frozen=True, eq=False)
 class Picture:
     """One picture and its class, as a row: the class is what is answered.
 
-    The fields that methods, metrics and benchmarks read of any row have the names they have in `rows.Row`.
+    What methods, attacks, metrics and reports read of any row has the name it has in `rows.Row`.
     """
 
     id: str
@@ -48,8 +55,43 @@ class Picture:
     """Wrong classes."""
     source: str = ""
     """file:row, for error messages."""
-    prompt: str = ""
-    kind: str = "picture"
+
+    kind: ClassVar[str] = "picture"
+    noun: ClassVar[str] = "pictures"
+    closed: ClassVar[bool] = True
+    messages: ClassVar[tuple[()]] = ()
+    value: ClassVar[str] = ""
+    aliases: ClassVar[tuple[()]] = ()
+    relation: ClassVar[str] = ""
+    task: ClassVar[str] = ""
+    paraphrased_answer: ClassVar[str] = ""
+
+    @cached_property
+    def prompt(self) -> str:
+        """sha256 of shape and pixels: what is asked, under a name that no other picture has."""
+        pixels = self.pixels()
+        return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """Everything that the row is, as plain JSON values; where it was read does not count."""
+        return {
+            "id": self.id,
+            "picture": self.prompt,
+            "answer": self.answer,
+            "entity": self.entity,
+            "tags": dict(self.tags),
+            "perturbed_answers": list(self.perturbed_answers),
+        }
+
+    def shown(self) -> dict[str, str]:
+        """What a report shows of what is asked: a small copy of the picture, as an address that holds its data."""
+        from PIL import Image
+
+        image = Image.fromarray(self.pixels())
+        image.thumbnail((SHOWN, SHOWN))
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        return {"question": "", "picture": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}
 
     def pixels(self) -> np.ndarray:
         """(h, w, 3) bytes.
@@ -72,7 +114,7 @@ def read_pictures(source: Source, name: str) -> list[Picture]:
     """All pictures of a set, in order; nothing is dropped.
 
     Args:
-        name: of the set; pictures without an id are called by their file, or `name/1`, `name/2` ...
+        name: of the set; pictures without an id are called by set and file, or `name/1`, `name/2` ...
 
     Raises:
         RowError: the source cannot be read, or a row is not what it must be.
@@ -82,15 +124,18 @@ def read_pictures(source: Source, name: str) -> list[Picture]:
         raise RowError(
             f"{source.path}: fields: there is no field {unknown[0]!r} to map. {suggest(unknown[0], COLUMNS)}"
         )
+    if source.entity_every is not None:
+        raise RowError(f"{source.path}: entity_every is for questions; pictures name their entity in a column")
     path = Path(source.path)
     if path.is_dir():
-        found = list(_folder(path, source))
+        found = list(_folder(path, source, name))
     elif path.suffix == ".npz":
         found = list(_arrays(path, source, name))
     else:
         found = [_record(where, row, source, f"{name}/{n}") for n, (where, row) in enumerate(_hub(source), start=1)]
     if not found:
         raise RowError(f"{source.path}: 0 pictures, expected at least 1 ({', '.join(SUFFIXES)})")
+    found = picked(found, source, known_as)
     first: dict[str, str] = {}
     for picture in found:
         if picture.id in first:
@@ -99,27 +144,26 @@ def read_pictures(source: Source, name: str) -> list[Picture]:
     return found
 
 
-def chosen(pictures: Sequence[Picture], where: Mapping[str, str]) -> tuple[list[Picture], list[Picture]]:
+def known_as(picture: Picture, key: str) -> str | None:
+    """What is known of a picture under a name: `label`, `id`, `entity`, or one of its tags."""
+    ours = {"label": picture.answer, "id": picture.id, "entity": picture.entity}
+    return ours.get(key) or picture.tags.get(key)
+
+
+def chosen(pictures: Sequence[Picture], where: Mapping[str, str | list[str]]) -> tuple[list[Picture], list[Picture]]:
     """(those that match, the others): `{"label": "3"}` a class, `{"style": "striped"}` a sub-class or person.
 
     Raises:
         RowError: nothing matches.
     """
-
-    def value(picture: Picture, key: str) -> str | None:
-        return picture.answer if key == "label" else picture.tags.get(key)
-
-    hits = [all(value(picture, key) == wanted for key, wanted in where.items()) for picture in pictures]
-    if not any(hits):
-        key, wanted = next(iter(where.items()))
-        raise RowError(f"no picture has {key} = {wanted!r}. {suggest(wanted, {str(value(p, key)) for p in pictures})}")
+    hits = matching(pictures, where, known_as, "pictures")
     return [p for p, hit in zip(pictures, hits) if hit], [p for p, hit in zip(pictures, hits) if not hit]
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _folder(path: Path, source: Source) -> Iterator[Picture]:
+def _folder(path: Path, source: Source, set_: str) -> Iterator[Picture]:
     if (path / source.split).is_dir():
         path = path / source.split
     told = _metadata(path)
@@ -133,7 +177,8 @@ def _folder(path: Path, source: Source) -> Iterator[Picture]:
             raise RowError(
                 f"{file}: no class folder above it and no label in {path}/metadata.csv; expected one of them"
             )
-        yield Picture(columns.pop("id", name), file, label, columns.pop("entity", name), columns, source=f"{file}")
+        id_ = columns.pop("id", f"{set_}/{name}")
+        yield Picture(id_, file, label, columns.pop("entity", id_), columns, source=f"{file}")
     if told:
         raise RowError(f"{path}: metadata names the file {next(iter(told))!r}, which is not there")
 
@@ -264,11 +309,3 @@ def _columns(where: str, record: Mapping[str, Any], fields: Mapping[str, str]) -
         if column in found:
             found[ours] = found.pop(column)
     return found
-
-
-def fingerprint(pictures: Sequence[Picture], salt: str) -> str:
-    """A salted hash of what pictures show and are called, in any order."""
-    import hashlib
-
-    content = sorted(f"{hashlib.sha256(p.pixels().tobytes()).hexdigest()} {p.answer}" for p in pictures)
-    return hashlib.sha256(json.dumps([salt, content]).encode()).hexdigest()

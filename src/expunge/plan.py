@@ -78,7 +78,7 @@ def plan(request: Request) -> Plan:
         found = estimate(subject, part, request.method_settings, scope=request.scope, data=data, training=training)
     else:
         found = nothing(subject, f"{part.name} is of kind {part.card.kind}: only the audit costs")
-    attacks = named(request.audit.attacks) or battery(request.proof)
+    attacks = named(request.audit.attacks) or battery(request.proof, subject.modality)
     return Plan(
         request=request.name,
         model=request.model,

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from .cards import AttackCard, BenchmarkCard, Card, MergeCard, MethodCard, MetricCard, ReproductionCard, SubjectCard
-from .errors import CardError, ParameterError, UnknownNameError, suggest
+from .errors import CardError, ParameterError, RequestError, UnknownNameError, suggest
 
 ROOMS: dict[str, tuple[str, ...]] = {
     "methods": (
@@ -243,6 +243,21 @@ def parts(room: str) -> list[Part]:
         raise UnknownNameError(f"there is no room {room!r}. {suggest(room, ROOMS)}")
     _import_all(room)
     return [_parts[room][name] for name in sorted(_parts[room])]
+
+
+def serving(room: str, modality: str) -> list[Part]:
+    """Every part of a room that serves a kind of subject, by name."""
+    return [part for part in parts(room) if modality in part.card.modality]
+
+
+def check_serves(part: Part, subject: Any) -> None:
+    """
+    Raises:
+        RequestError: the part is for subjects of other kinds.
+    """
+    if subject.modality not in part.card.modality:
+        kinds = " and ".join(part.card.modality)
+        raise RequestError(f"{part.name} is for {kinds} models, {subject.name} is of modality {subject.modality}")
 
 
 def load_plugin(path: str | Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,10 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import registry
+from .cards import SubjectCard
 from .errors import RequestError, RowError, suggest
 from .rows import SUFFIXES, GivenTwice, Row, Source, read_rows, shown, unique
+from .subjects.opening import kind_of
 
 SETS = ("forget", "retain", "holdout", "neighbour", "general", "safety", "earlier")
 ENTITIES = 8
@@ -43,6 +45,10 @@ class DataSource(_Strict):
     entity_every: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Rows come in blocks of so many about one entity (TOFU: 20)."
     )
+    where: dict[str, str | list[str]] = Field(
+        {}, description="Only rows whose columns have these values, e.g. {label: deer}."
+    )
+    unless: dict[str, str | list[str]] = Field({}, description="No rows whose columns all have these values.")
 
 
 class Data(_Strict):
@@ -127,6 +133,9 @@ class Request(_Strict):
     name: str = Field("", description="Of the run; the file's name by default.")
     reason: str = Field("", description="Why, for the record; do not name persons here.")
     model: Place = Field(description="The model: folder or hub id.")
+    subject: str | None = Field(
+        None, description="Kind of model (`expunge list subjects`); what its configuration says by default."
+    )
     gold: list[str] = Field([], description="Models trained without the forget rows, one per seed.")
     gold_kind: Literal["exact", "surrogate"] = Field("exact", description="Whether gold was really retrained.")
     data: Data = Field(description="The row sets.")
@@ -352,6 +361,17 @@ def named(asked: list[Named] | None) -> list[tuple[str, dict[str, Any]]] | None:
     return found
 
 
+def _reader(request: Request) -> Callable[[Source, str], list[Any]]:
+    """What reads the rows of the model's kind."""
+    from .pictures import read_pictures
+
+    readers: dict[str, Callable[[Source, str], list[Any]]] = {"language": read_rows, "image": read_pictures}
+    kind = request.subject or kind_of(request.model)
+    card = registry.get("subjects", kind).card
+    assert isinstance(card, SubjectCard)
+    return readers[card.modality[0]]
+
+
 def read_data(request: Request) -> dict[str, list[Row]]:
     """All row sets, checked against one another.
 
@@ -359,12 +379,13 @@ def read_data(request: Request) -> dict[str, list[Row]]:
         RowError, RequestError: a file or row that cannot be used; sets that contradict one another.
     """
     data: dict[str, list[Row]] = {}
+    read = _reader(request)
     for name in SETS:
         source = getattr(request.data, name)
         if source is not None:
             if isinstance(source, str):
                 source = DataSource(path=source, fields=request.fields)
-            data[name] = read_rows(Source(**source.model_dump()), name)
+            data[name] = read(Source(**source.model_dump()), name)
     ids: dict[str, Row] = {}
     said: dict[tuple[Any, ...], tuple[str, Row]] = {}
     for name, rows in data.items():
@@ -403,9 +424,10 @@ def warnings(data: Mapping[str, list[Row]]) -> list[str]:
             f"The forget rows name {len(entities)} entities; below {ENTITIES} chance is too large for a verdict."
         )
     if all(row.entity == row.id for row in data["forget"]):
+        own = "" if all(row.closed for row in data["forget"]) else " or entity_every"
         found.append(
             "The forget rows name no entity, so every row counts as one; rows about one person are not independent, "
-            "and the intervals are then too narrow. Give an entity field or entity_every."
+            f"and the intervals are then too narrow. Give an entity field{own}."
         )
     if "retain" not in data:
         found.append("There are no retain rows: what was hurt cannot be told.")

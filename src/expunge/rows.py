@@ -16,10 +16,10 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import RowError, suggest
 
@@ -86,6 +86,19 @@ class Row:
     source: str = ""
     """file:row, for error messages."""
 
+    noun: ClassVar[str] = "questions"
+    """What several rows are called where a report speaks of them."""
+    closed: ClassVar[bool] = False
+    """The answer is one name of a closed list, said exactly or not at all."""
+
+    def content(self) -> dict[str, Any]:
+        """Everything that the row is, as plain JSON values; where it was read does not count."""
+        return asdict(replace(self, source=""))
+
+    def shown(self) -> dict[str, str]:
+        """What a report shows of what is asked."""
+        return {"question": self.prompt}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -101,6 +114,10 @@ class Source:
     """Split of a hub data set, or of such a folder."""
     entity_every: int | None = None
     """Rows come in blocks of so many about one entity (TOFU: 20)."""
+    where: Mapping[str, str | list[str]] = field(default_factory=dict)
+    """Only rows whose columns have these values, or one of several."""
+    unless: Mapping[str, str | list[str]] = field(default_factory=dict)
+    """No rows whose columns all have these values."""
 
 
 def read_rows(source: Source, name: str) -> list[Row]:
@@ -117,7 +134,53 @@ def read_rows(source: Source, name: str) -> list[Row]:
         raise RowError(f"{source.path}: fields: there is no field {unknown[0]!r} to map. {suggest(unknown[0], KNOWN)}")
     if source.entity_every is not None and source.entity_every < 1:
         raise RowError(f"{source.path}: entity_every is {source.entity_every}, expected at least 1")
-    return rows_of(records(source), name, source.path, source.fields, source.entity_every)
+    found: Iterable[Record] = records(source)
+    if source.where or source.unless:
+        if source.entity_every is not None:
+            raise RowError(
+                f"{source.path}: entity_every counts all rows of a file; it cannot stand beside where or unless"
+            )
+        found = picked(list(found), source, lambda one, key: one[1].get(source.fields.get(key, key)))
+    return rows_of(found, name, source.path, source.fields, source.entity_every)
+
+
+def picked(rows: list[Any], source: Source, value: Callable[[Any, str], Any]) -> list[Any]:
+    """The rows that a source's `where` and `unless` leave; `value` gives what a row has in a column.
+
+    Raises:
+        RowError: one of the two matches nothing, or nothing is left.
+    """
+    for wanted, keep in ((source.where, True), (source.unless, False)):
+        if wanted:
+            rows = [row for row, hit in zip(rows, matching(rows, wanted, value, source.path)) if hit == keep]
+    if not rows:
+        raise RowError(f"{source.path}: where and unless leave 0 rows, expected at least 1")
+    return rows
+
+
+def matching(
+    rows: Sequence[Any], wanted: Mapping[str, str | list[str]], value: Callable[[Any, str], Any], place: str
+) -> list[bool]:
+    """Which rows have all wanted values.
+
+    Raises:
+        RowError: none has; names the nearest value there is.
+    """
+
+    def text(row: Any, key: str) -> str:
+        found = value(row, key)
+        return "" if found is None else str(found)
+
+    options = {key: [given] if isinstance(given, str) else given for key, given in wanted.items()}
+    for key, given in options.items():
+        there = {text(row, key) for row in rows} - {""}
+        for one in given:
+            if one not in there:
+                raise RowError(f"{place}: no row has {key} = {one!r}. {suggest(one, there)}")
+    hits = [all(text(row, key) in given for key, given in options.items()) for row in rows]
+    if not any(hits):
+        raise RowError(f"{place}: no row has {' and '.join(f'{k} = {v!r}' for k, v in wanted.items())} at once")
+    return hits
 
 
 def rows_of(

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ def audit_model(
     check(request)
     data = read_data(request)
     before = load_subject(request)
+    _serves(request, before)
     _encode(data, before)
     after = _suspect(model, request, before)
     folder = Path(out or Path("runs") / f"{request.name}-audit")
@@ -149,11 +150,13 @@ def check_fit(request: Request, data: Mapping[str, list[Row]], subject: Language
 
     Raises:
         RowError: a row does not fit the model.
-        RequestError: rows the method needs are missing.
+        RequestError: rows the method needs are missing; method, an attack or a metric is for models of another kind.
         ScopeError: the scope matches nothing that can move.
     """
+    _serves(request, subject)
     _encode(data, subject)
     part = registry.get("methods", request.method_name)
+    registry.check_serves(part, subject)
     settings = part.resolve(request.method_settings)
     if isinstance(part.card, MethodCard) and "training_checkpoints" in part.card.requires:
         raise RequestError(
@@ -176,6 +179,16 @@ def check_fit(request: Request, data: Mapping[str, list[Row]], subject: Language
         set_up(subject, part, settings, scope=request.scope, data=data, training=_training(request), dry=True)
 
 
+def _serves(request: Request, subject: Any) -> None:
+    """
+    Raises:
+        RequestError: an attack or metric of the request is for models of another kind.
+    """
+    for room, asked in (("attacks", request.audit.attacks), ("metrics", request.audit.metrics)):
+        for name, _ in named(asked) or []:
+            registry.check_serves(registry.get(room, name), subject)
+
+
 def _encode(data: Mapping[str, list[Row]], subject: LanguageModel) -> None:
     """Tokenise everything that will be trained on or scored, for the errors' sake."""
     for rows in data.values():
@@ -184,24 +197,20 @@ def _encode(data: Mapping[str, list[Row]], subject: LanguageModel) -> None:
                 subject.encode(row, answer=text)
 
 
-def load_subject(request: Request, path: str | None = None) -> LanguageModel:
-    """The request's model, or another one under the same template, device and type."""
-    from .subjects.language import LanguageModel, Template
-    from .subjects.opening import classifies_pictures
+def load_subject(request: Request, path: str | None = None) -> Any:
+    """The request's model, or another one of the same kind, under the same template, device and type."""
+    from .subjects.language import Template
+    from .subjects.opening import kind_of, open_subject
 
-    if classifies_pictures(path or request.model):
-        raise RequestError(
-            f"{path or request.model} is an image classifier; runs and audits take language models so far, "
-            "docs/images.md says what works on pictures"
-        )
     template = Template(**request.template.model_dump()) if request.template else None
     if processes.count() > 1 and ":" in (request.device or ""):
         raise LaunchError(f"device: {request.device} names one device for {processes.count()} processes; leave it out")
-    return LanguageModel.load(
+    return open_subject(
         path or request.model,
-        template=template,
+        kind=request.subject or kind_of(request.model),
         device=request.device,
         dtype=request.dtype,
+        template=template,
         trust_remote_code=request.trust_remote_code,
     )
 
@@ -272,14 +281,14 @@ class _Job:
         from .audit import comparable
 
         comparable(subject, self.golds)
-        settings = request.model_dump(exclude={"name", "reason", "model", "gold", "data", "out", "device"})
+        settings = request.model_dump(exclude={"name", "reason", "model", "subject", "gold", "data", "out", "device"})
         self.key = content_key(
             VERSION,
             settings,
             subject.fingerprint,
             [gold.fingerprint for gold in self.golds],
             after.fingerprint if after is not None else None,
-            {name: [asdict(replace(row, source="")) for row in rows] for name, rows in data.items()},
+            {name: [row.content() for row in rows] for name, rows in data.items()},
         )
         processes.same("models, rows or settings", self.key)
 

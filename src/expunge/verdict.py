@@ -7,8 +7,8 @@ largest among its probes, and is compared with what the same maximum gives for g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,8 @@ TAU = 0.20
 """Recovery above which knowledge counts as back (own choice, calibrated by the self-test)."""
 POWER = 0.10
 """A probe whose scores on the model before and on gold are nearer than this shows nothing."""
+APART = 0.5
+"""Of gold models that lie further apart than this share of their distance to the model before, one may look like it."""
 CEILING = 0.50
 """A probe that brings so much out of gold would bring it out of anything."""
 ENTITIES = 8
@@ -49,9 +51,16 @@ class Runs:
     after: Sequence[ProbeRun]
     golds: Sequence[Sequence[ProbeRun]] = ()
     """One list of runs for each gold model; without any, 0 is the lower anchor."""
+    silent: Mapping[int, str] = field(default_factory=dict)
+    """Places of probes that show nothing whatever the candidate, and why: what is told by all anchors together is not
+    told again by some of them."""
 
     def with_candidate(self, runs: Sequence[ProbeRun], golds: Sequence[Sequence[ProbeRun]]) -> Runs:
-        return Runs(self.before, runs, golds)
+        return replace(self, after=runs, golds=golds)
+
+    def settled(self, judgement: Judgement) -> Runs:
+        """The same runs, with the probes that showed nothing in a judgement by all anchors left out of every other."""
+        return replace(self, silent={i: probe.why for i, probe in enumerate(judgement.probes) if not probe.informative})
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ def _probe(index: int, runs: Runs, rules: Rules) -> _Probe:
         curves=_curves(before, after, golds),
         curve_label=after.curve_label,
     )
-    judged.why = _unscored([after, *others])
+    judged.why = runs.silent.get(index) or _unscored([after, *others])
     if judged.why:
         return _Probe(judged, None)
     weights = _weights(after, rules)
@@ -131,6 +140,8 @@ def _probe(index: int, runs: Runs, rules: Rules) -> _Probe:
         judged.why = f"brings {floor[0]:.2f} out of gold, which never saw the rows: it would bring it out of any model"
     elif span < rules.power:
         judged.why = f"the model before ({top[0]:.2f}) and gold ({floor[0]:.2f}) are too near one another"
+    elif golds and (apart := float(np.ptp([resampled[id(gold)][0] for gold in golds]))) > APART * span:
+        judged.why = f"gold models lie {apart:.2f} apart, the model before only {span:.2f} from them: that is chance"
     if judged.why:
         return _Probe(judged, None)
     # A draw in which the anchors nearly meet would blow the ratio up; half the measured span is its least.

@@ -282,7 +282,7 @@ def _step(
 
 def _content(case: Case) -> list[Any]:
     """What a probe run depends on beside its settings and the model."""
-    rows = {name: [asdict(row) for row in rows] for name, rows in case.rows.items()}
+    rows = {name: [row.content() for row in rows] for name, rows in case.rows.items()}
     return [case.seed, case.max_new_tokens, rows]
 
 

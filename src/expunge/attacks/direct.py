@@ -4,7 +4,7 @@ from ..registry import attack
 from .case import Attack, Case, Found, judged
 
 
-@attack(group="direct", access="text", paper="arXiv:2401.06121")
+@attack(group="direct", access="text", modality=("image", "language"), paper="arXiv:2401.06121")
 def direct(case: Case) -> Attack:
     """Ask every forget question as it stands in the request, greedily."""
     outputs = yield case.questions(case.forget)

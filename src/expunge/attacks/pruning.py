@@ -10,6 +10,7 @@ from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, judged, mean
 @attack(
     group="tamper",
     access="weights",
+    modality=("image", "language"),
     paper="arXiv:2409.18025",
     caveat="Removing weights hurts small models everywhere; where retained knowledge falls too, it shows nothing.",
 )

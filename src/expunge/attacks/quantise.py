@@ -10,6 +10,7 @@ from .case import BROKEN, RETAIN_ROWS, Attack, Case, Found, judged, mean
 @attack(
     group="tamper",
     access="weights",
+    modality=("image", "language"),
     paper="arXiv:2410.16454",
     caveat="Rounding to few bits hurts small models everywhere; where retained knowledge falls too, it shows nothing.",
     aliases={"quantise_8bit": {"bits": 8}},

@@ -106,7 +106,7 @@ class Bench:
             written: row sets whose questions are answered; None for all.
             metrics: that will be measured, for tables that only some of them read.
         """
-        more = more_tables(metrics)
+        more = more_tables(metrics, self.subject.modality)
         data = {name: rows for name, rows in data.items() if rows}
         limit = longest_answer(self.subject, data) if max_new_tokens is None else max_new_tokens
         found = {}

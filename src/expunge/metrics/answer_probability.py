@@ -17,6 +17,7 @@ from .values import Values, averages
     ideal="the value of a model that never saw the rows",
     range=(0.0, 1.0),
     needs=("scores.answer",),
+    modality=("image", "language"),
 )
 def answer_probability(view: View, *, rows: str = "forget", among_options: bool = False) -> Values:
     """Length-normalised probability of the right answer.

@@ -14,6 +14,7 @@ from .values import Values, averages
     ideal="the value of a model that never saw the rows",
     range=(0.0, None),
     needs=("scores.answer",),
+    modality=("image", "language"),
 )
 def loss(view: View, *, rows: str = "forget") -> Values:
     """Mean negative log-likelihood per answer token, averaged over rows."""

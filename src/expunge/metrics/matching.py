@@ -37,8 +37,11 @@ def chosen(text: str, wanted: str, options: Sequence[str], prompt: str = "") -> 
 def recovered(row: Row, text: str, prompt: str = "") -> float:
     """How much of the row's knowledge an output gives away, 0 to 1.
 
-    Rows with a short value (or an alias of it): 1 if it is said. Others: ROUGE-L recall of the whole answer.
+    Rows with a short value (or an alias of it): 1 if it is said. Rows whose answer is one name of a closed list: 1 if
+    it is this one. Others: ROUGE-L recall of the whole answer.
     """
+    if row.closed:
+        return float(text == row.answer)
     if row.value:
         return float(any(says(text, wanted, prompt) for wanted in (row.value, *row.aliases)))
     return overlap(row.answer, text)

@@ -20,8 +20,8 @@ from .values import Values
 Asked = str | tuple[str, Mapping[str, Any]]
 """A metric's name, or its name with settings."""
 
-EVERYWHERE = ("answer_probability", "rouge")
-"""Metrics that by default are taken on every row set, not only where their settings point."""
+EVERYWHERE = ("accuracy", "answer_probability", "rouge")
+"""Metrics that by default are taken on every row set, not only where their settings point, if the subject has them."""
 
 
 def values(metric: str | Part, view: View, settings: Mapping[str, Any] | None = None) -> Values:
@@ -50,17 +50,15 @@ def measure(
 
 def default_metrics(view: View) -> list[tuple[str, Mapping[str, Any]]]:
     """Every registered metric as it is set by default, and the basic ones on the other row sets too."""
-    asked: list[tuple[str, Mapping[str, Any]]] = [
-        (part.name, {}) for part in registry.parts("metrics") if "language" in part.card.modality
-    ]
+    names = [part.name for part in registry.serving("metrics", view.modality)]
     elsewhere = [rows for rows in view.rows if view.rows[rows] and rows != "forget"]
-    return asked + [(name, {"rows": rows}) for rows in elsewhere for name in EVERYWHERE]
+    asked: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in names]
+    return asked + [(name, {"rows": rows}) for rows in elsewhere for name in EVERYWHERE if name in names]
 
 
-def more_tables(metrics: Sequence[Asked] | None = None) -> set[str]:
-    """What metrics read beside scores and generations (passes.MORE); of all that are default where none are named."""
-    default = [part.name for part in registry.parts("metrics") if "language" in part.card.modality]
-    names = default if metrics is None else metrics
+def more_tables(metrics: Sequence[Asked] | None = None, modality: str = "language") -> set[str]:
+    """What metrics read beside scores and generations (passes.MORE); of all of a modality where none are named."""
+    names = [part.name for part in registry.serving("metrics", modality)] if metrics is None else metrics
     parts = [registry.get("metrics", name if isinstance(name, str) else name[0]) for name in names]
     read = {need for part in parts for need in part.card.needs}  # type: ignore[union-attr]
     if any(not isinstance(name, str) and name[1].get("by") == "gradnorm" for name in names):

@@ -15,6 +15,7 @@ from .values import Values
     ideal="0.5, more exactly the value of a model that never saw the rows",
     range=(0.0, 1.0),
     needs=("scores.answer", "holdout"),
+    modality=("image", "language"),
 )
 def mia_loss(view: View, *, rows: str = "forget", holdout: str = "holdout") -> Values:
     """AUC of the mean negative log-likelihood of the answer, forget against holdout rows."""

@@ -19,6 +19,7 @@ from .values import Values
     ideal="0.5, more exactly the value of a model that never saw the rows",
     range=(0.0, 1.0),
     needs=("scores.answer", "holdout", "gold"),
+    modality=("image", "language"),
 )
 def mia_reference(view: View, *, rows: str = "forget", holdout: str = "holdout") -> Values:
     """AUC of the loss minus the reference's loss; the reference is gold, of several golds their mean.

@@ -24,13 +24,16 @@ from .. import processes
 from ..errors import RowError, SubjectError, suggest
 from ..pictures import Picture
 from ..registry import subject
+from ..tables.generations import Generations
 from ..tables.scores import COLUMNS, Key, Scores
-from .anatomy import structure
+from .anatomy import Block, structure
 from .language import Progress, Taps
 from .packed import Encoded, Pack, batches, pack
 
 PICTURES = 256
 """Pictures in one pass without gradients."""
+KEPT = 2**30
+"""Bytes of prepared pixels that are kept: an audit asks about the same pictures again and again."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class ImageClassifier:
         self.factory = factory
         self.base: ImageClassifier | None = None
         """The subject that a delta was applied to, where this one was made so."""
+        self._prepared: dict[str, tuple[int, Tensor]] = {}
         self._number = {name: i for i, name in enumerate(self.classes)}
         if len(self._number) != len(self.classes):
             raise SubjectError(f"model {name}: two classes have one name; names must be unique")
@@ -157,6 +161,7 @@ class ImageClassifier:
     def with_model(self, model: nn.Module, name: str | None = None) -> ImageClassifier:
         """The same subject around other weights."""
         made = ImageClassifier(model, self.classes, self.processor, name or self.name, self.factory)
+        made._prepared = self._prepared
         if "_head_name" in self.__dict__:
             made.__dict__["_head_name"] = self._head_name
         return made
@@ -208,13 +213,24 @@ class ImageClassifier:
             raise RowError(
                 f"{row.source or f'row {row.id}'}: {self.name} has no class {answer!r}. {suggest(answer, self.classes)}"
             )
+        name, pixels = self._prepared.get(row.prompt) or self._prepare(row)
+        return EncodedPicture((name, number), 1, 0, answer, pixels)
+
+    def _prepare(self, row: Picture) -> tuple[int, Tensor]:
+        """(hash, pixels) of a picture as the model takes it, kept while there is room."""
         pixels = self.processor(images=row.pixels(), return_tensors="pt")["pixel_values"][0]
-        digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-        return EncodedPicture((int(digest[:15], 16), number), 1, 0, answer, pixels)
+        made = int(hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:15], 16), pixels
+        if (len(self._prepared) + 1) * pixels.nbytes <= KEPT:
+            self._prepared[row.prompt] = made
+        return made
 
     def prompt_text(self, row: Picture, prompt: str | None = None) -> str:
         """A name for what is asked: the hash of the picture."""
-        return hashlib.sha256(row.pixels().tobytes()).hexdigest()
+        return row.prompt
+
+    def asked(self, row: Picture) -> EncodedPicture:
+        """What `generate` takes for a picture."""
+        return self.encode(row)
 
     # --- passes ----------------------------------------------------------------------------------------------
 
@@ -339,6 +355,41 @@ class ImageClassifier:
         about = {"dtype": str(self.dtype), "subject": self.name}
         table = Scores.of([items[i][0] for i in order], [1] * len(order), columns, [rows[i].text for i in order], about)
         return table.take(np.argsort(order).tolist() if order else [])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[tuple[Key, EncodedPicture]],
+        *,
+        max_new_tokens: int = 1,
+        samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Generations:
+        """The name of the likeliest class of every picture; of equals the first.
+
+        Raises:
+            SubjectError: several samples are asked for, or a temperature: there is one answer.
+        """
+        if samples != 1 or temperature:
+            raise SubjectError(f"{self.name} answers a picture in one way; {samples} samples at {temperature:g} asked")
+        rows = [row for _, row in prompts]
+
+        def read(group: Sequence[int]) -> list[int]:
+            pack_ = pack([rows[i] for i in group], self.device)
+            return self.head(self.hidden_states(pack_)).argmax(-1).tolist()  # type: ignore[no-any-return]
+
+        groups = list(batches(rows, 2 * PICTURES))
+        parts = self.share(groups, read, of=[row.ids for row in rows], progress=progress)
+        said = {i: number for group, part in zip(groups, parts) for i, number in zip(group, part)}
+        texts = [[self.classes[said[i]]] for i in range(len(rows))]
+        about = {"dtype": str(self.dtype), "subject": self.name}
+        return Generations([key for key, _ in prompts], [""] * len(rows), texts, [[True]] * len(rows), about)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return structure(self.model).blocks
 
     def settle(self) -> None:
         """Try out now what is otherwise tried when a pass first needs it."""

@@ -4,7 +4,8 @@ A subject turns rows into `Encoded` rows (tokens fed, tokens answered), and a pa
 from which a head makes logits over its vocabulary. A language model has text tokens and an LM head. An image classifier
 has one token for a picture, which its tower embeds, one for the class, and classes as its vocabulary.
 
-Decoding, hidden states of prompts and packing are no part of it: attacks that ask in words need a language model.
+Most subjects also say what they answer (`generate`): a language model in words, a classifier the name of a class.
+Hidden states of prompts and packing are no part of it: attacks that ask in words need a language model, and say so.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ def innermost(subject: Any) -> Any:
     while (inner := getattr(subject, "inner", None)) is not None:
         subject = inner
     return subject
+
+
+def asked(subject: Any, row: Any, question: str | None) -> Any:
+    """What a subject's `generate` takes for a row: the prompt's text, or where texts do not hold what is asked
+    (pictures) whatever the subject makes of the row with its `asked`."""
+    make = getattr(subject, "asked", None)
+    return subject.prompt_text(row, question) if make is None else make(row)
 
 
 @runtime_checkable

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .. import processes
 from ..rows import Row
 from ..subjects.divergence import divergences
@@ -67,6 +69,13 @@ class Hidden:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the head reads where rows' answers begin: answered by a tensor (n, d)."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class Route:
     """Which experts the tokens of rows take: answered by `Routes`."""
 
@@ -107,7 +116,7 @@ class Compare:
     """A subject."""
 
 
-Ask = Generate | Score | Hidden | Route | Pull | Patch | Continue | Compare
+Ask = Generate | Score | Hidden | Features | Route | Pull | Patch | Continue | Compare
 
 
 class Store:
@@ -155,7 +164,7 @@ class Store:
 
 
 def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress: Progress | None = None) -> list[Any]:
-    """Answer all asks: a table each (a tensor for `Hidden`), in their order.
+    """Answer all asks: a table each (a tensor for `Hidden` and `Features`), in their order.
 
     Of several processes each does its share of the passes (the subject sees to that), and all get all answers.
 
@@ -182,8 +191,9 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
     for (limit, samples, temperature, seed), members in generating.items():
         texts = [[subject.prompt_text(row, q) for _, row, q in _prompts(asks[i])] for i in members]
         order = _distinct(text for several in texts for text in several)
+        first = {t: (row, q) for i, ts in zip(members, texts) for t, (_, row, q) in zip(ts, _prompts(asks[i]))}
         made = subject.generate(
-            [((str(n), "prompt"), text) for text, n in order.items()],
+            [((str(n), "prompt"), asked(subject, *first[text])) for text, n in order.items()],
             max_new_tokens=limit,
             samples=samples,
             temperature=temperature,
@@ -214,6 +224,14 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         states = subject.hidden([text for text, _ in places], [end for _, end in places])
         for i, several in zip(looking, looked):
             answers[i] = states[[places[place] for place in several]]
+            done += len(several)
+    reading = [i for i in open_ if isinstance(asks[i], Features)]
+    if reading:
+        content = [_content(subject, asks[i]) for i in reading]
+        order = _distinct(item for several in content for _, item in several)
+        read = _features(subject, list(order), tell(len(order)))
+        for i, several in zip(reading, content):
+            answers[i] = read[[order[item] for _, item in several]]
             done += len(several)
     if progress and total:
         progress(total, total)
@@ -315,6 +333,7 @@ def ask_all(
         of("continuations"),
         of("divergences"),
         name=name,
+        modality=subject.modality,
     )
 
 
@@ -364,7 +383,7 @@ def _content(subject: Any, ask: Ask) -> list[tuple[tuple[str, str], Encoded]]:
         return [(key, subject.encode(row, answer=answer, prompt=q)) for key, row, answer, q in ask.items]
     if isinstance(ask, Patch):
         return [((row.id, "fact"), fact(innermost(ask.host), row)) for row in ask.rows]
-    assert isinstance(ask, Route | Pull | Continue | Compare)
+    assert isinstance(ask, Features | Route | Pull | Continue | Compare)
     encoded = [((row.id, "answer"), subject.encode(row)) for row in ask.rows]
     if isinstance(ask, Continue):
         return [(key, item) for key, item in encoded if item.scored - item.closing > ask.shortest]
@@ -384,9 +403,27 @@ def _size(ask: Ask) -> int:
     return len(ask.prompts) if isinstance(ask, Generate | Hidden) else len(ask.rows)
 
 
+READ_AT_ONCE = 4096
+"""Tokens in one pass over `Features`."""
+
+
+@torch.no_grad()
+def _features(subject: Any, items: Sequence[Encoded], progress: Progress | None) -> torch.Tensor:
+    """(n, d) float32 states that predict the first answer token of each item."""
+
+    def read(group: Sequence[int]) -> torch.Tensor:
+        packed = pack([items[i] for i in group], subject.device)
+        first = torch.searchsorted(packed.row.contiguous(), torch.arange(len(group), device=packed.row.device))
+        return subject.hidden_states(packed)[first].float().cpu()  # type: ignore[no-any-return]
+
+    groups = list(batches(items, READ_AT_ONCE))
+    parts = subject.share(groups, read, of=[item.ids for item in items], progress=progress)
+    return torch.stack(in_order(groups, parts))
+
+
 def _name(subject: Any, ask: Ask) -> str | None:
     """File name of an answer; hidden states are not kept, what was read from them is."""
-    if isinstance(ask, Hidden):
+    if isinstance(ask, Hidden | Features):
         return None
     settings: list[Any] = []
     if isinstance(ask, Generate):

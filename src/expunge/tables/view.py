@@ -55,6 +55,8 @@ class View:
     """The same tables of models that never saw the forget rows, one per training seed."""
     name: str = "model"
     """Who speaks, for error messages."""
+    modality: str = "language"
+    """Of the model that spoke."""
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, rows: str) -> list[Row]:

@@ -37,6 +37,7 @@ class Filtered(Guarded):
 @guard(
     paper="arXiv:2403.03329",
     level="decoding",
+    modality=("image", "language"),
     requires=("forget_data",),
     keeps=("the forgotten answers, as the list of forbidden strings",),
     sequential="free",

@@ -205,9 +205,7 @@ def set_up(
     chosen = part.resolve(settings)
     chain = _chain(part, chosen)
     for one, _ in chain:
-        if subject.modality not in one.card.modality:
-            kinds = " and ".join(one.card.modality)
-            raise RequestError(f"{one.name} is for {kinds} models, {subject.name} is of modality {subject.modality}")
+        registry.check_serves(one, subject)
     inner, inner_settings = chain[-1]
     generator = torch.Generator().manual_seed(training.seed)
     needs, sides = _reads(chain)
