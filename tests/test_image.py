@@ -13,7 +13,7 @@ from torch import nn
 from expunge import forget, registry
 from expunge.bench import bench
 from expunge.deltas import Delta
-from expunge.errors import RequestError, RowError, ScopeError, SubjectError
+from expunge.errors import RowError, ScopeError, SubjectError
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.teach import teach
 from expunge.methods.optimise.unlearn import unlearn
