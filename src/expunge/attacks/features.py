@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import SubjectError
 from ..evidence import Item
 from ..rows import Row
-from ..subjects.fresh import fresh
+from ..subjects.fresh import buildable, fresh
 from ..subjects.protocol import innermost
 from ..tables.passes import Features
 from .case import Attack, Case, Found
@@ -40,7 +39,7 @@ def spread(rows: Sequence[Row], seed: int) -> list[int]:
 
 
 def beyond_untrained(
-    case: Case, rows: Sequence[Row], tell: Callable[[np.ndarray], np.ndarray], told: str = ""
+    case: Case, rows: Sequence[Row], tell: Callable[[np.ndarray], np.ndarray], told: str
 ) -> Attack:
     """Ask for the features of rows, and score them beside those of an untrained network.
 
@@ -51,12 +50,10 @@ def beyond_untrained(
     """
     ask = Features(tuple(rows))
     values = tell(unit((yield ask)))
-    try:
+    untrained, note = 0.0, "no untrained network to compare with: the model cannot be built anew"
+    if buildable(innermost(case.subject)):
         untrained = float(tell(unit(case.ask(fresh(innermost(case.subject), case.seed), ask)[0])).mean())
-        note = f"{values.mean():.2f}; an untrained network gives {untrained:.2f}"
-    except SubjectError:
-        untrained = 0.0
-        note = f"{values.mean():.2f}; no untrained network to compare with: the model cannot be built anew"
+        note = f"an untrained network gives {untrained:.2f}"
     status = "scored"
     if untrained > TELLING:
         status, untrained = f"uninformative: features of an untrained network tell as much ({untrained:.2f})", 0.0
@@ -64,4 +61,4 @@ def beyond_untrained(
     items = [Item(row.entity or row.id, row.id, float(value)) for row, value in zip(case.forget, found)]
     budget = {"queries": len(rows), "samples": 1}
     numbers = {"raw": float(values.mean()), "untrained": untrained}
-    return Found(items, budget, note="; ".join(filter(None, (note, told))), status=status, numbers=numbers)
+    return Found(items, budget, note=f"{values.mean():.2f}; {note}; {told}", status=status, numbers=numbers)
