@@ -38,9 +38,7 @@ def spread(rows: Sequence[Row], seed: int) -> list[int]:
     return sorted(i for some in places.values() for i in draw.sample(some, min(most, len(some))))
 
 
-def beyond_untrained(
-    case: Case, rows: Sequence[Row], tell: Callable[[np.ndarray], np.ndarray], told: str
-) -> Attack:
+def beyond_untrained(case: Case, rows: Sequence[Row], tell: Callable[[np.ndarray], np.ndarray], told: str) -> Attack:
     """Ask for the features of rows, and score them beside those of an untrained network.
 
     Args:

@@ -20,9 +20,9 @@ from .. import processes
 from ..rows import Row
 from ..subjects.divergence import divergences
 from ..subjects.fresh import buildable, fresh
-from ..subjects.packed import Encoded
+from ..subjects.packed import Encoded, batches, in_order, pack
 from ..subjects.patching import fact
-from ..subjects.protocol import innermost
+from ..subjects.protocol import asked, innermost
 from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
