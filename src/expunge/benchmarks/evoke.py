@@ -48,6 +48,8 @@ MEASURES = {
     "oap": "Probability of what was right before the edit.",
     "ams": "Share of items whose answer after the edit is likelier than the one before it.",
 }
+SHOWN = 3
+"""Warnings of edits among the notes."""
 Said = dict[str, tuple[float, float]]
 """Answer to log P, per token and of the whole."""
 
@@ -102,7 +104,7 @@ def evoke(
         _measured(bench, cases, judged),
         headline=["efficacy_score", *(f"{task}_eos" for task in OVERFIT)],
         tables=[_by_task(cases, judged), _teacher(subject, cases, context)],
-        notes=[*_notes(cases, name), *warnings],
+        notes=[*_notes(cases, name), *_first(warnings)],
         rows={"edits": len(cases), "items": sum(len(case.items) for case in cases)},
     )
     return replace(card, models=[{"role": "before", "name": subject.name, "fingerprint": subject.fingerprint}])
@@ -266,3 +268,12 @@ def _notes(cases: Sequence[Case], name: str) -> list[str]:
     if dropped:
         notes.append(f"{dropped} items were left out: their right answer is the new object.")
     return notes
+
+
+def _first(warnings: Sequence[str]) -> list[str]:
+    """Edits warn of the same things: a few stand for all."""
+    rest = len(warnings) - SHOWN
+    return [
+        *warnings[:SHOWN],
+        *([f"{rest} more warnings of edits are in the run's folder, `edits`."] if rest > 0 else []),
+    ]
