@@ -236,22 +236,26 @@ def _one(
         return Said(values[0], values[1:], loss, None if stone is None else asdict(stone))
 
     made: dict[str, Said] = {}
-    plain = None
+    known: dict[str, LanguageModel] = {}
+
+    def learned(text: str) -> LanguageModel:
+        if text not in known:
+            known[text] = learn(subject, text, companions, settings)
+        return known[text]
+
     for name in settings.variants:
-        if name == "stepping_stone":
+        if name == "plain":
+            made[name] = said(learned(sample.text))
+        elif name == "stepping_stone":
             stone = stepping_stone(sample, _probability(subject, sample, settings.whole), _writer(writer, subject))
-            made[name] = said(learn(subject, stone.text, companions, settings), stone)
+            made[name] = said(learned(stone.text), stone)
         elif name == "ignore_k_gradient":
             made[name] = said(learn(subject, sample.text, companions, settings, pruned=True))
         else:
-            plain = plain or learn(subject, sample.text, companions, settings)
-            if name == "plain":
-                made[name] = said(plain)
-            else:
-                drawn = settings.seed if name == "random_k" else None
-                whole = Delta.from_models(subject, plain)
-                delta, _ = ignored(whole, settings.k, granularity=settings.granularity, random=drawn)
-                made[name] = said(delta.apply(subject))
+            drawn = settings.seed if name == "random_k" else None
+            whole = Delta.from_models(subject, learned(sample.text))
+            delta, _ = ignored(whole, settings.k, granularity=settings.granularity, random=drawn)
+            made[name] = said(delta.apply(subject))
     return made
 
 
