@@ -55,9 +55,9 @@ def lti(
 
     `middle`: the block whose stream is read, a number or a fraction of the depth; by default a quarter of the depth
     above the edited layer. `context` is what the model is told; for a deletion say what should follow ("Imagine that
-    nobody knows {subject}."). Where a told model gives the target less than `least`, it has nothing to teach: that fact
-    is learned by its NLL alone (weight 1), with a warning. The published weights and middle layers are not known: 1, 1,
-    1 are ours.
+    nobody knows {subject}."). Where a told model gives the target less than `least`, it has nothing to teach: that
+    fact's prompts are not imitated and its NLL weighs 1, with a warning. The published weights and middle layers are
+    not known: 1, 1, 1 are ours.
     """
     weights = (subject_weight, output_weight, fact_weight)
     if min(weights) < 0 or max(weights) == 0:
