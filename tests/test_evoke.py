@@ -16,6 +16,7 @@ from expunge.benchmarks.evoke_mini import mini
 from expunge.edits import EditRow
 from expunge.errors import ParameterError, RowError
 from expunge.methods.edit.case import EditCase
+from expunge.methods.edit.lti import _read
 from expunge.methods.edit.values import located, lookup
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
@@ -314,11 +315,24 @@ def value_of(model, fact, delta):
     return delta.difference(name) @ found[0].mean[0]
 
 
+@pytest.mark.parametrize("term", ["subject_weight", "output_weight", "fact_weight"])
+def test_every_term_alone_is_lowered(term):
+    """A term whose gradient is lost has the right value and does nothing."""
+    model = subject()
+    made = edit_case(model)
+    weights = dict.fromkeys(("subject_weight", "output_weight", "fact_weight"), 0.0) | {term: 1.0}
+    editor = {"rome": {**QUIET, "steps": 25, "learning_rate": 0.1, "decay": 0.0}}
+    registry.get("methods", "lti").function(made, editor=editor, least=0.0, **weights)
+    (before,), (after,) = (made.summary["rome"][name] for name in ("loss_before", "loss_after"))
+    assert after < 0.95 * before
+
+
 def test_the_reading_of_a_stream_does_not_change_with_its_size():
     model = subject()
     model.model.model.norm.variance_epsilon = 0.0
     states = torch.randn(4, 32)
-    assert torch.allclose(model.lens(states), model.lens(7 * states), atol=1e-3)
+    assert torch.allclose(_read(model, states), _read(model, 7 * states), atol=1e-3)
+    assert torch.allclose(_read(model, states), model.lens(states).log_softmax(-1), atol=1e-5)
 
 
 def test_streams_above_a_change_are_those_of_whole_passes():

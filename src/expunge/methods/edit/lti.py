@@ -25,7 +25,8 @@ from ... import registry
 from ...edits import TOLD
 from ...errors import ParameterError
 from ...registry import edit
-from ...subjects.language import Taps
+from ...subjects.anatomy import anatomy
+from ...subjects.language import LanguageModel, Taps
 from ...subjects.packed import pack
 from ..optimise.terms import Objective
 from .case import Edit, EditCase
@@ -107,7 +108,7 @@ def _imitation(
         clean, stream = tails.through(nothing, middle)
         wanted, streams = _told_states(group, middle, context)
         outputs = subject.head(torch.cat([wanted, clean[count:]])).float().log_softmax(-1)
-        middles = subject.lens(torch.cat([streams, stream[asked:]])).log_softmax(-1)
+        middles = _read(subject, torch.cat([streams, stream[asked:]]))
         said = group.of_texts(outputs[:count].gather(1, group.target[:, None])[:, 0]).exp()
     firsts = torch.tensor([len(fact.lookups) for fact in group.facts]).cumsum(0)
     known = [float(said[int(end) - len(fact.lookups)]) for fact, end in zip(group.facts, firsts)]
@@ -128,7 +129,7 @@ def _imitation(
     def losses(delta: Tensor) -> Tensor:
         final, now = tails.through(delta[owner], middle)
         logprobs = subject.head(final).float().log_softmax(-1)
-        apart = _divergence(middles, subject.lens(now).log_softmax(-1))
+        apart = _divergence(middles, _read(subject, now))
         each = _divergence(outputs, logprobs)
         further = torch.cat([group.of_texts(each[:count]), each[count:]])
         imitated = group.of_facts(share * (of_subject * apart + of_output * further))
@@ -150,6 +151,14 @@ def _told_states(group: Together, middle: int, context: str) -> tuple[Tensor, Te
     starts = torch.tensor([len(row.ids) - 1 for row in rows]).cumsum(0)
     places = [int(end) - (len(row.ids) - 1) + one.at for end, row, one in zip(starts, rows, lookups)]
     return seen["final"], seen[f"layer.{middle}"][torch.tensor(places, device=group.device)]
+
+
+def _read(subject: LanguageModel, states: Tensor) -> Tensor:
+    """(k, V) what the head reads in streams (k, d), as log-probabilities; gradients flow, as through no `lens`."""
+    parts = anatomy(subject.model)
+    for part in (parts.final_norm, parts.narrowing):
+        states = part[1](states) if part is not None else states
+    return subject.head(states).float().log_softmax(-1)
 
 
 def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
