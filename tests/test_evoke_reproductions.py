@@ -91,7 +91,7 @@ def test_cuts_are_paired_text_by_text():
     assert row["ignore_k: cut"] == pytest.approx(0.5)  # 0.5, 0.9, 0.5, 0.5; of medians it would be 0.6
 
 
-@pytest.mark.parametrize("module", [outlandish])
+@pytest.mark.parametrize("module", [evoke, outlandish])
 def test_recorded_figures_give_the_recorded_tables(module):
     name = module.__name__.rpartition(".")[2]
     found = json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ def edited(method: str, edits: int, seed: int) -> dict[str, Any]:
     return {**found, **taught, "edits": card.rows["edits"]}
 
 
-@reproduction(paper="arXiv:2410.07819", cost="4 min on 1 core, models of its own included", systems=("evoke", "lti"))
+@reproduction(paper="arXiv:2410.07819", cost="3 min on 1 core, models of its own included", systems=("evoke", "lti"))
 def evoke(case: Case, *, edits: int = 12) -> Findings:
     """Whether ROME's edits overfit, and whether edits that imitate the told model overfit less (EVOKE, LTI).
 
