@@ -129,7 +129,7 @@ def _hits(subject: ImageClassifier, some: Sequence[Picture]) -> np.ndarray:
 # --- findings --------------------------------------------------------------------------------------------------------
 
 
-@reproduction(paper="arXiv:2403.11530", cost="5 min on 1 core", modality=("image",))
+@reproduction(paper="arXiv:2403.11530", cost="7 min on 1 core", modality=("image",))
 def gs_lora(case: Case) -> Findings:
     """Three requests for two digits each, one after the other, in adapters of a vision transformer."""
     flat = [
