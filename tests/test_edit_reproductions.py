@@ -128,9 +128,9 @@ def test_a_concepts_rows_are_all_its_holders(world: World) -> None:
     found = concept_ablation.concepts(world, 6)
     assert len(found) == 6
     for value, (own, others) in found.items():
-        assert {row.answer for row in own} == {value}
+        assert {row.value for row in own} == {value}
         assert len(own) == sum(value in (person.trade, person.born_in) for person in known)
-        assert value not in {row.answer for row in others}
+        assert value not in {row.value for row in others}
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
@@ -189,6 +189,7 @@ def test_each_claim_of_knowedit_can_fail() -> None:
         found = verdicts(knowedit.judge(rows(**changed), seen))
         assert [i for i, holds in enumerate(found) if not holds] == [place], changed
     assert len(knowedit.scores(rows()).rows) == len(knowedit.EDITORS)
+    assert "carries 0.1 of a fact" in knowedit.notes(rows(), POINTED)[1]
     assert knowedit.effects(POINTED).rows[0] == ["last subject token", "0.1", "0.3", "0", "0"]
 
 

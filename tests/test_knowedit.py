@@ -252,6 +252,13 @@ def test_every_data_set_has_its_scores(bench):
     assert [line[0] for line in card.tables[0].rows] == list(FILES)
 
 
+def test_a_fact_that_is_told_in_the_prompt_is_asked_behind_it(bench):
+    settings = {"method": "ike", "limit": 2, "fluency": 4, "dataset": "convsent"}
+    card = knowedit(bench, **get("benchmarks", "knowedit").resolve(settings))
+    assert card.value("drawdown") > 0  # sentences about another entity are read behind the told one, too
+    assert card.value("drawdown", "before") == 0
+
+
 def test_two_models_are_compared_as_they_are(tiny_world, tmp_path):
     original = LanguageModel.load(tiny_world.original)
     gold = LanguageModel.load(tiny_world.golds[0])

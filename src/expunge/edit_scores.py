@@ -139,11 +139,11 @@ def ask(
             for i, text in enumerate(several)
         ]
         said = subject.generate(about, max_new_tokens=fluency, temperature=1.0, seed=seed).texts
-        whole = iter([(prompt, found[0]) for (_, prompt), found in zip(about, said)])
+        written_on = iter([found[0] for found in said])
         for several in started:
-            mine = [next(whole) for _ in several]
-            # As published: of the whole text.
-            entropy.append(float(np.mean([text_entropy(f"{prompt} {text}") for prompt, text in mine])))
+            mine = [(text, next(written_on)) for text in several]
+            # As published: of the whole text. What a guard puts before it is no part of that.
+            entropy.append(float(np.mean([text_entropy(f"{begun} {text}") for begun, text in mine])))
             words.append(float(np.mean([len(text.split()) for _, text in mine])))
     return Answers(chosen, accuracy, written, entropy, words)
 

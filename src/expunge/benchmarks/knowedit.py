@@ -220,7 +220,7 @@ def _sentiment(bench: Bench, name: str, made: Making, folder: Path, split: Split
         success["after"].append(judged(was, (wanted, unwanted)))
         drawdown.append(divergence(bench.original, model, one.outer))
         if asking.fluency:
-            fluent += _fluency(bench, model, [one.edit.prompt], asking.fluency)
+            fluent += _fluency(bench, model, [one.edit], asking.fluency)
         if bench.progress:
             bench.progress(name, number, len(changed))
     rows = [one.edit.row() for one in changed]
@@ -248,11 +248,11 @@ def _sentiment(bench: Bench, name: str, made: Making, folder: Path, split: Split
     return Part(scores, columns, [], [], len(rows))
 
 
-def _fluency(bench: Bench, model: Any, prompts: Sequence[str], tokens: int) -> list[float]:
+def _fluency(bench: Bench, model: Any, edits: Sequence[EditRow], tokens: int) -> list[float]:
     tokens = min(tokens, bench.subject.context_length // 2)
-    about = [((str(i), "fluency"), prompt) for i, prompt in enumerate(prompts)]
+    about = [((edit.id, "fluency"), model.prompt_text(edit.row())) for edit in edits]
     said = model.generate(about, max_new_tokens=tokens, temperature=1.0, seed=bench.seed).texts
-    return [text_entropy(f"{prompt} {texts[0]}") for prompt, texts in zip(prompts, said)]
+    return [text_entropy(f"{edit.prompt} {texts[0]}") for edit, texts in zip(edits, said)]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -266,11 +266,15 @@ def _sanitation(bench: Bench, name: str, made: Making, folder: Path, split: Spli
     for number, one in enumerate(found, start=1):
         model = made(one.edits, asking.erase)
         rows = [EditRow(f"{one.answer}/{i}", q.question, q.target) for i, q in enumerate((*one.refused, *one.kept))]
-        prompts = [((row.id, "answer"), bench.subject.prompt_text(row.row())) for row in rows]
         longest = max(bench.subject.encode(row.row()).scored for row in rows if row.target_new)
         tokens = max(WRITTEN_TOKENS, longest + SPARE)
         said = [
-            [texts[0] for texts in subject.generate(prompts, max_new_tokens=tokens).texts]
+            [
+                texts[0]
+                for texts in subject.generate(
+                    [((row.id, "answer"), subject.prompt_text(row.row())) for row in rows], max_new_tokens=tokens
+                ).texts
+            ]
             for subject in (bench.original, model)
         ]
         count = len(one.refused)
@@ -282,7 +286,7 @@ def _sanitation(bench: Bench, name: str, made: Making, folder: Path, split: Spli
         asked += [row.row() for row in rows[:count]]
         kept += [row.row() for row in rows[count:]]
         if asking.fluency:
-            fluent += _fluency(bench, model, [text for _, text in prompts[count:]], asking.fluency)
+            fluent += _fluency(bench, model, rows[count:], asking.fluency)
         shares = [float(np.mean(values)) for values in (refused["after"][-count:], same[-len(both) :])]
         lines.append([one.answer, len(one.edits), *shares])
         if bench.progress:

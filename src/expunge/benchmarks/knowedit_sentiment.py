@@ -106,14 +106,19 @@ def judged(before: tuple[float, float], after: tuple[float, float]) -> float:
 
 @torch.no_grad()
 def divergence(before: Any, after: Any, rows: Sequence[Row]) -> float:
-    """KL(before || after) per answer token, in nats."""
-    tokens = [_open(before, row) for row in rows]
+    """KL(before || after) per answer token, in nats.
+
+    Each model reads the rows its own way: a guard may put something before them.
+    """
+    models = (before, after)
+    tokens = [[_open(model, row) for row in rows] for model in models]
     size = max(1, LOGIT_ELEMENTS // before.vocabulary)
     total, count = 0.0, 0
-    for group in batches(tokens, TOKEN_BUDGET):
-        pack_ = pack([tokens[i] for i in group], before.device)
-        for pair in zip(*(model.hidden_states(pack_).split(size) for model in (before, after))):
-            p, q = (model.head(states).float().log_softmax(-1) for model, states in zip((before, after), pair))
+    for group in batches(max(tokens, key=lambda read: sum(len(one.ids) for one in read)), TOKEN_BUDGET):
+        packs = [pack([read[i] for i in group], before.device) for read in tokens]
+        states = (model.hidden_states(pack_).split(size) for model, pack_ in zip(models, packs))
+        for pair in zip(*states):
+            p, q = (model.head(part).float().log_softmax(-1) for model, part in zip(models, pair))
             total += float((p.exp() * (p - q)).sum())
             count += len(p)
     return total / count

@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 from ..evidence import Table
-from ..methods.edit.case import knows
 from ..methods.edit.needle import ablate
 from ..methods.optimise.loop import Training, fit
 from ..methods.optimise.unlearn import unlearn
@@ -25,6 +24,7 @@ from ..subjects.value_vectors import Address, value_matrices
 from ..world.facts import World, make
 from .case import Case, Claim, Findings, Spread
 from .case import Row as Trial
+from .measures import knowledge
 from .told import stated, subject_of
 
 RELATIONS = ("trade", "born_in")
@@ -45,17 +45,17 @@ def concepts(world: World, count: int) -> dict[str, tuple[list[Row], list[Row]]]
     for number, about in enumerate(RELATIONS):
         holders: dict[str, list[Row]] = {}
         for row in stated(world, about):
-            holders.setdefault(row.answer, []).append(row)
+            holders.setdefault(row.value, []).append(row)
         left = -(-(count - len(found)) // (len(RELATIONS) - number))
         for value in sorted(holders, key=lambda value: (-len(holders[value]), value))[:left]:
-            others = [row for row in rows if row.answer != value]
+            others = [row for row in rows if row.value != value]
             found[value] = (holders[value], draw.sample(others, min(OTHERS, len(others))))
     return found
 
 
 def vectors(subject: LanguageModel, own: Sequence[Row], others: Sequence[Row], way: str, seed: int) -> list[Address]:
     """The best vectors of a concept, found one way; random ones stand in the layers of those by attribution."""
-    texts, rest = ([f"{row.prompt} {row.answer}" for row in rows] for rows in (own, others))
+    texts, rest = ([f"{row.prompt} {row.value}" for row in rows] for rows in (own, others))
     tokens = distinctive(subject, texts, rest)
     if way == "projection":
         return [one.address for one in search(subject, tokens, by="z").candidates[: max(COUNTS)]]
@@ -64,7 +64,7 @@ def vectors(subject: LanguageModel, own: Sequence[Row], others: Sequence[Row], w
     if way == "attribution":
         return best
     draw, width = (
-        random.Random(f"random/{seed}/{own[0].answer}"),
+        random.Random(f"random/{seed}/{own[0].value}"),
         {m.layer: m.count for m in value_matrices(subject.model)},
     )
     return [Address(one.layer, draw.randrange(width[one.layer])) for one in best]
@@ -76,7 +76,7 @@ def ablated(seed: int, count: int, draws: int, recipe: dict[str, Any] | None = N
     base = subject_of(world, recipe)
     found = []
     for own, others in concepts(world, count).values():
-        line: dict[str, Any] = {"base": [knows(base, own).probability, knows(base, others).accuracy]}
+        line: dict[str, Any] = {"base": [knowledge(base, own).probability, knowledge(base, others).accuracy]}
         for way in WAYS:
             best = vectors(base, own, others, way, seed)
             for mode in MODES:
@@ -84,7 +84,7 @@ def ablated(seed: int, count: int, draws: int, recipe: dict[str, Any] | None = N
                     pairs = []
                     for draw in range(draws if mode == "noise" else 1):
                         after = ablate(base, best[:size], mode=mode, seed=100 * seed + draw).apply(base)  # type: ignore[arg-type]
-                        pairs.append([knows(after, own).probability, knows(after, others).accuracy])
+                        pairs.append([knowledge(after, own).probability, knowledge(after, others).accuracy])
                     line[f"{way} {mode} {size}"] = [fmean(pair[i] for pair in pairs) for i in (0, 1)]
         found.append(line)
     return {"concepts": found}
@@ -106,11 +106,11 @@ def contrasted(
     for own, others in concepts(world, count).values():
         best = vectors(base, own, others, "attribution", seed)
         noised = ablate(base, best[:5], seed=100 * seed).apply(base)
-        target = knows(noised, own).probability
+        target = knowledge(noised, own).probability
         points: list[LanguageModel] = []
 
         def look(model: LanguageModel, _: int, own: Any = own, target: float = target, points: Any = points) -> None:
-            if not points and knows(model, own).probability <= target:
+            if not points and knowledge(model, own).probability <= target:
                 points.append(model.copy())
 
         outcome = unlearn(
@@ -128,8 +128,8 @@ def contrasted(
         for name, after in (("noise", noised), ("ascent", ascended)):
             changed = trace(base, after, best[0], k=BEST)
             line[name] = {
-                "probability": knows(after, own).probability,
-                "others": knows(after, others).accuracy,
+                "probability": knowledge(after, own).probability,
+                "others": knowledge(after, others).accuracy,
                 "jaccard": changed.jaccard,
                 "cosine": changed.cosine,
                 "relearned": relearned(after, own, seed),
@@ -144,7 +144,7 @@ def relearned(model: LanguageModel, own: Sequence[Row], seed: int) -> float:
     copy = model.copy()
     items = [copy.encode(row) for row in own[:half]]
     fit(copy, items, steps=10, batch_size=8, learning_rate=1e-3, seed=seed)
-    return knows(copy, own[half:] or own).probability
+    return knowledge(copy, own[half:] or own).probability
 
 
 @reproduction(paper="arXiv:2406.11614", cost="3 min on 2 cores, models of its own included")
@@ -175,9 +175,9 @@ def concept_ablation(
         notes=[
             f"{count} concepts a seed; 4 layers with 192 value vectors each, of which 20 vectors are 2.6 %. Noise is 5 "
             f"times a vector's root mean square, averaged over {draws} draws.",
-            "Probability: mean over a concept's prompts of exp(mean log-probability of the answer's tokens); accuracy: "
-            "of answer tokens of other facts. The paper compares written answers with old ones by BLEU and ROUGE-L; "
-            "the benchmark concept_vectors measures these.",
+            "Probability: mean over a concept's prompts of the answer's probability; accuracy: share of other facts of "
+            "whose answer every token is the likeliest. The paper compares written answers with old ones by BLEU and "
+            "ROUGE-L; the benchmark concept_vectors measures these.",
             f"Jaccard is of the {BEST} best tokens of the first vector; the paper's 200 are of 32 000.",
             "Jailbreak prompts are not tested: a model of this size follows no instruction. Relearning: ten steps on "
             "half of the concept's rows, probability of the other half.",

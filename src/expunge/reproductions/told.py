@@ -71,11 +71,11 @@ def asked(edit: EditRow) -> Row:
 
 
 def stated(world: World, *relations: str) -> list[Row]:
-    """Known facts as prompts in a trained wording with their answers."""
+    """Known facts as prompts in a trained wording, with their answers as they were learned."""
     return [
         Row(
             id=f"{person.name}/{about}",
-            answer=person.value(about),
+            answer=f"{person.value(about)}.",
             prompt=start(statements(world, person, about)[0][0]),
             kind="completion",
             entity=person.name,
