@@ -155,7 +155,7 @@ def clamp(
 ) -> None:
     """Hold a neuron at a value and see what that does to its token, beside a random neuron of the layer.
 
-    The guard of the same name does it in every answer: expunge run REQUEST --method clamp --set neurons=[20:10513].
+    The guard of the same name does it in every answer: expunge run REQUEST --method clamp.
     """
     from ..errors import ParameterError
     from ..rows import Source, read_rows

@@ -45,8 +45,8 @@ def clamp(
     """Hold neurons at a constant whatever they read: at 0 they are silent, far from it they insist on their token.
 
     Args:
-        neurons: addresses such as 20:10513 (layer and neuron); `expunge neurons find MODEL WORD` lists those that name
-            a word.
+        neurons: addresses such as "20:10513" (layer and neuron; in YAML with quotes); `expunge neurons find MODEL WORD`
+            lists those that name a word.
         value: what they give.
         matrix: up holds what the up row gives, gate what the gate row gives before its activation.
     """
