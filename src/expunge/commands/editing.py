@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -104,3 +105,63 @@ def trace(
         f"{found.clean:.3f}, with noise {found.low:.3f}. Shares of that loss that come back, with 95% intervals."
     )
     say(f"trace: {folder / 'trace.html'}")
+
+
+def edit_audit(
+    reference: Annotated[Path, typer.Argument(help="Folder of the model as it should be.")],
+    suspect: Annotated[Path, typer.Argument(help="Folder of the model that may have been edited.")],
+    names: Annotated[
+        Path | None, typer.Option(help="Text file of subjects an edit may be about, a line each.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file of prompts with {} for a name, a line each.", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option(help="Candidates whose prompts are run.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Find out from two checkpoints whether one was edited, where, about whom, and what it says now.
+
+    Tells localised edits from training and from rounding. Facts told in prompts change no weight.
+    """
+    from ..edit_audit import edit_audit as carry_out
+
+    def lines(path: Path | None) -> list[str]:
+        return [] if path is None else [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    with progressing(json) as progress:
+        found = carry_out(
+            reference,
+            suspect,
+            names=lines(names),
+            prompts=lines(prompts),
+            top=top,
+            device=device,
+            progress=progress,
+        )
+    changed = [d for d in found.differences if d.kind != "identical"]
+    if json:
+        rows = [{k: v for k, v in vars(d).items() if k != "right"} for d in changed]
+        say_json({"overall": found.overall, "changed": rows, "edits": [asdict(e) for e in found.edits]})
+        return
+    say(found.overall)
+    if changed:
+        say_table(
+            ["tensor", "what was done", "ranks", "energy of the first", "stable rank", "size", "entries changed"],
+            [
+                [
+                    *(d.name, d.kind, d.rank or "-", f"{d.energy:.4f}"),
+                    *(f"{d.stable_rank:.1f}", f"{d.relative:.2g}", f"{d.changed:.2%}"),
+                ]
+                for d in changed
+            ],
+        )
+    for edit in found.edits:
+        say()
+        say(f"{edit.tensor} answers to: " + ", ".join(f"{name} {score:.2f}" for name, score in edit.names[:top]))
+        if edit.gains:
+            say_table(
+                ["prompt", "now likelier", "nats"],
+                [[g.prompt.format(g.name), g.token, f"{g.gain:+.2f}"] for g in edit.gains[:10]],
+            )
