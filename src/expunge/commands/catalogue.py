@@ -90,10 +90,8 @@ def find_part(name: str) -> Any:
             return get(room, name)
         except UnknownNameError:
             continue
-    names = [part.name for room in ROOMS for part in parts(room)]
-    raise UnknownNameError(
-        f"no method, merge, attack, metric, benchmark or subject is called {name!r}. {suggest(name, names)}"
-    )
+    names = {part.name for room in ROOMS for part in parts(room)}
+    raise UnknownNameError(f"nothing in the catalogue is called {name!r}. {suggest(name, names)}")
 
 
 def schema() -> None:
