@@ -7,8 +7,12 @@ come later. Whether a part is there is read from the registry.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
 import sys
+import tomllib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,7 @@ def main() -> int:
     pages = {DOCS / "reference" / f"{room}.md": reference(room, parts(room)) for room in ROOMS}
     pages[DOCS / "systems.md"] = systems()
     pages[DOCS / "reference" / "request.md"] = request()
+    pages[DOCS / "rooms.md"] = rooms()
     stale = [path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
         for path in stale:
@@ -113,6 +118,63 @@ def systems() -> str:
         "`registered`: every part can be run from the command line and from Python.",
         "A link: what `expunge reproduce NAME` measured of the paper's claims at small scale.\n",
         _table(["#", "paper", "here", "state"], rows),
+    ]
+    return "\n".join(lines)
+
+
+MODALITIES = {
+    "language": ("subjects.language", "world.build", "world.corpus", "world.models"),
+    "pictures": ("subjects.image", "pictures", "world.pictures"),
+}
+"""Modules that hold what is peculiar to a modality."""
+
+
+def rooms() -> str:
+    """The import graph, layer by layer, and who knows which modality."""
+    import grimp
+
+    graph = grimp.build_graph("expunge")
+    with open(DOCS.parent / "pyproject.toml", "rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    layers = next(c["layers"] for c in contracts if c["type"] == "layers")
+
+    def members(names: Sequence[str]) -> set[str]:
+        return {m for m in graph.modules for name in names if f"{m}.".startswith(f"expunge.{name}.")}
+
+    placed = [re.split(r" [:|] ", layer) for layer in layers]
+    owner = {module: name for names in placed for name in names for module in members([name])}
+    rows = []
+    for names in placed:
+        for name in names:
+            used = {owner.get(i, "") for m in members([name]) for i in graph.find_modules_directly_imported_by(m)}
+            rows.append([f"`{name}`", len(members([name])), ", ".join(sorted(used - {"", name}))])
+    known = {kind: members(names) for kind, names in MODALITIES.items()}
+
+    def knows(module: str, kind: str) -> bool:
+        return bool(graph.find_modules_directly_imported_by(module) & known[kind])
+
+    crossing = [
+        f"`{module}` imports {b}"
+        for a, b in itertools.permutations(MODALITIES, 2)
+        for module in known[a]
+        if graph.find_modules_directly_imported_by(module) & known[b]
+    ]
+    outside = [m for m in sorted(graph.modules) if not any(m in modules for modules in known.values())]
+    who = [m.removeprefix("expunge.") for m in outside if knows(m, "pictures")]
+    both = {m.removeprefix("expunge.") for m in outside if knows(m, "pictures") and knows(m, "language")}
+    lines = [
+        NOTE,
+        "# Rooms\n",
+        "Every layer imports only from those below it; `lint-imports` checks it. From the roof down:\n",
+        _table(["room", "modules", "imports from"], rows),
+        "## Language and pictures\n",
+        "Methods, deltas, tables, audit and report work on anything that offers `subjects/protocol.py`. Of the "
+        f"{len(graph.modules)} modules {len(known['language'])} are about texts alone (the language model, the "
+        f"world's corpora) and {len(known['pictures'])} about pictures alone; "
+        + ("; ".join(crossing) if crossing else "none of either imports one of the other")
+        + f". {len(who)} modules import what is about pictures (both: what is about texts as well, where a folder is "
+        "opened as what it holds):\n",
+        ", ".join(f"`{m}`{' (both)' if m in both else ''}" for m in who) + ".\n",
     ]
     return "\n".join(lines)
 
