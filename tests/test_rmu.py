@@ -82,7 +82,7 @@ def test_without_a_retain_term_activations_turn_to_the_direction():
     encoded = setup.case.rows["forget"]
     with torch.no_grad():
         states = after.states(pack(encoded), setup.case.taps)["layer.1"]
-    cosine = torch.nn.functional.cosine_similarity(states, setup.case.given["target"][None], dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(states, setup.case.given["targets"], dim=-1)
     assert float(cosine.mean()) > 0.9
 
 
@@ -102,7 +102,7 @@ def test_the_direction_depends_on_the_seed_only():
     subject = LanguageModel(*tiny("llama"))
     part = registry.get("methods", "rmu")
     target = [
-        set_up(subject, part, {}, scope=None, data=DATA, training=replace(TRAINING, seed=seed)).case.given["target"]
+        set_up(subject, part, {}, scope=None, data=DATA, training=replace(TRAINING, seed=seed)).case.given["targets"]
         for seed in (0, 0, 1)
     ]
     assert torch.equal(target[0], target[1])
@@ -121,3 +121,45 @@ def test_in_a_mixture_the_experts_up_to_the_layer_move():
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     }
+
+
+KEYWORDS = ("glass", "weaving")
+
+
+def contrast(subject, **settings):
+    part = registry.get("methods", "rmu")
+    settings = {"layer": 1, "direction": "contrast", "keywords": KEYWORDS, "retain": "none", **settings}
+    return unlearn(subject, part, settings, scope=None, data=DATA, training=TRAINING)
+
+
+def test_a_contrast_of_nothing_has_no_loss_at_the_start():
+    log = contrast(LanguageModel(*tiny("llama")), coefficient=0.0).summary["log"]
+    assert log["loss"][0] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_contrast_leads_from_expert_to_novice_from_where_each_token_is():
+    """The loss of the first step is the squared length of the step that is asked for, over the width."""
+    subject = LanguageModel(*tiny("llama"))
+    log = contrast(subject, coefficient=3.0).summary["log"]
+    width = subject.model.config.hidden_size
+    assert log["loss"][0] == pytest.approx(9 / width, rel=1e-4)
+    setup = set_up(
+        subject,
+        registry.get("methods", "rmu"),
+        {"layer": 1, "direction": "contrast", "keywords": KEYWORDS, "coefficient": 3.0},
+        scope=None,
+        data=DATA,
+        training=TRAINING,
+    )
+    novice, expert = (
+        subject.hidden([text.format(word) for word in KEYWORDS])[:, 2]
+        for text in ("You are a novice in {} who often makes mistakes.", "You are a world-class expert in {}.")
+    )
+    wanted = 3 * torch.nn.functional.normalize(novice - expert, dim=-1)
+    torch.testing.assert_close(setup.case.given["targets"].cpu(), wanted.cpu())
+    assert {"forget.layers", "retain.layers"} <= setup.needs
+
+
+def test_a_contrast_needs_keywords():
+    with pytest.raises(ParameterError, match="needs keywords"):
+        contrast(LanguageModel(*tiny("llama")), keywords=())

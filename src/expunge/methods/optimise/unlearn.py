@@ -61,6 +61,8 @@ class Preparation:
     """Per side and row."""
     given: dict[str, Any] = field(default_factory=dict)
     """What objectives find in `step.given`."""
+    needs: set[str] = field(default_factory=set)
+    """What else of the start model the objective reads with these settings, in the words of a card's `needs`."""
     looked: list[Encoded] = field(default_factory=list)
     """Rows that ran, or would run, through the blocks of the start model for this; plans count them."""
     around: Callable[[Turn], Tensor] | None = None
@@ -220,7 +222,7 @@ def set_up(
     # Alternatives come in several variants of the forget rows: an epoch still is one pass over the latter.
     count = len(data.get("forget", [])) if leading != ["retain"] else None
     drawn = draw(rows, leading, training=training, generator=generator, count=count)
-    return Setup(chain, needs, case, resolved, drawn, held_out)
+    return Setup(chain, needs | case.needs, case, resolved, drawn, held_out)
 
 
 def _chain(part: Part, settings: dict[str, Any]) -> Chain:
