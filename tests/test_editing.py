@@ -1,18 +1,20 @@
 """`expunge edit`: scores by hand, and the whole way from a request file to deltas that can be left out again."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny
 
-from expunge import cli, editing
+from expunge import cli, editing, registry
 from expunge.deltas import Delta, compose
 from expunge.edit_scores import Answers, ask, first_choices, questions, says, scores
 from expunge.edits import EditRow, Probe
 from expunge.errors import OutputError, ParameterError, RequestError
 from expunge.evidence import Scorecard
+from expunge.ledger import Ledger
 from expunge.subjects.language import LanguageModel
 
 EDITS = [
@@ -88,6 +90,7 @@ def test_a_written_answer_counts_as_whole_words_at_the_beginning():
 @pytest.fixture
 def request_file(tmp_path, monkeypatch):
     monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EXPUNGE_LEDGER", str(tmp_path / "ledger"))
     model = LanguageModel(*tiny("llama"))
     with torch.no_grad():
         for name, p in model.model.named_parameters():
@@ -131,8 +134,67 @@ def test_a_request_becomes_deltas_and_a_scorecard_and_any_step_can_be_left_out(r
         assert printed["cost"]["edit"]["seconds"] > 0
         assert len(list((folder / "deltas").iterdir())) == count
         assert (folder / "delta").is_dir() is together
-    with pytest.raises(OutputError, match="is not empty"):
-        editing.edit(request_file, out=out)
+    assert editing.edit(request_file, out=out, settings={"contexts": 1}) == card  # finished: nothing is made again
+    with pytest.raises(OutputError, match="holds other edits"):
+        editing.edit(request_file, out=out, settings={"contexts": 0})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match=r"is not empty and holds no edits \(thesis.tex\)"):
+        editing.edit(request_file, out=tmp_path / "mine")
+    events = [entry.event for entry in Ledger(tmp_path / "ledger").list()]
+    assert events == ["request_received", "started", "finished"] * 3
+    assert "Ilva" not in Ledger(tmp_path / "ledger").export()
+
+
+@pytest.mark.parametrize("method", ["rome", "alphaedit", "grace", "wise"])
+def test_a_stopped_sequence_goes_on_behind_its_last_edit_to_the_same_bits(request_file, tmp_path, monkeypatch, method):
+    settings: dict = {
+        "rome": {},
+        "alphaedit": {"layers": (1, 1), "steps": 3, "learning_rate": 1.0, "clamp": 50.0},
+        "grace": {"layer": 1, "steps": 3},
+        "wise": {"layer": 1, "steps": 3, "unrelated": 2},
+    }[method]
+    rows = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
+    rows.append({"id": "c", "prompt": "Mo was born in", "subject": "Mo", "target_new": "Carth"})
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = [{"prompt": f"where was Mo {i} born?", "completion": "in Tivin"} for i in range(9)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    whole = editing.edit(request_file, out=tmp_path / "whole", method=method, settings=settings)
+    part = registry.get("methods", method)
+    made = []
+
+    def stopping(case, **chosen):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(case.edits[0].id)
+        return part.function(case, **chosen)
+
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda room, name: replace(get(room, name), function=stopping))
+    with pytest.raises(KeyboardInterrupt):
+        editing.edit(request_file, out=tmp_path / "part", method=method, settings=settings)
+    assert made == ["a", "b"]
+    assert len(list((tmp_path / "part" / "deltas").iterdir())) == 2
+    made[:] = [""]  # one more is let through
+    editing.edit(request_file, out=tmp_path / "part", method=method, settings=settings)
+    assert made == ["", "c"]
+    deltas = [Delta.load(tmp_path / name / "delta") for name in ("whole", "part")]
+    assert deltas[0].result == deltas[1].result
+    for name, entry in deltas[0].entries.items():
+        assert all(torch.equal(tensor, deltas[1].entries[name][key]) for key, tensor in entry.items())
+    again = Scorecard.load(tmp_path / "part" / "scorecard.json")
+    assert [one.after.value for one in again.measured] == [one.after.value for one in whole.measured]
+    events = [entry.event for entry in Ledger(tmp_path / "ledger").list()]
+    assert events[3:] == ["request_received", "started", "interrupted", "resumed", "finished"]
+
+
+def test_facts_are_told_from_a_request(request_file, tmp_path):
+    card = editing.edit(request_file, out=tmp_path / "told", method="ike", settings={"k": 0})
+    assert card.rows["edits"] == 2
+    delta = Delta.load(tmp_path / "told" / "delta")
+    assert [one["id"] for one in delta.config["edits"]] == ["a", "b"]
+    with pytest.raises(RequestError, match="0 demonstrations"):
+        editing.edit(request_file, out=tmp_path / "shown", method="ike", settings={"k": 2})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import processes
 from .errors import OutputError
 
 
@@ -78,3 +79,32 @@ def complete_folder(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}. Choose another place with --out.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A run's folder, for one run at a time; the lock goes with its process."""
+    import fcntl
+
+    held: list[Any] = []
+
+    def lock() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.append(open(folder / ".lock", "w"))  # noqa: SIM115 - held open as long as the lock
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {folder}: {error.strerror or error}. Choose another place with --out."
+            ) from None
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"another process is writing {folder}; wait for it or choose another --out") from None
+
+    try:
+        processes.once(lock)
+        processes.same(f"folder {folder}", (folder / ".lock").exists())
+        yield
+    finally:
+        for file in held:
+            file.close()

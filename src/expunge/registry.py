@@ -79,6 +79,11 @@ class Part:
             name = str(first["loc"][0]) if first["loc"] else "?"
             raise ParameterError(f"{where}: parameter {name} = {first['input']!r}: {first['msg']}") from None
 
+    @property
+    def makes_edits(self) -> bool:
+        """Whether it is a method that edits facts: an editor, or a guard that tells them."""
+        return self.card.kind == "edit" or "edits" in getattr(self.card, "needs", ())
+
     def describe(self) -> list[dict[str, Any]]:
         """Name, type and default of every parameter."""
         hints = typing.get_type_hints(self.function, include_extras=True)

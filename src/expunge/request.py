@@ -127,12 +127,31 @@ class AuditSettings(_Strict):
     self_test: bool = Field(True, description="Try the instrument on models whose truth is known.")
 
 
-class Request(_Strict):
-    """What to forget, what to keep, on which model, how, and how well it must be proved."""
+class Common(_Strict):
+    """What every request says of its model and method."""
 
     name: str = Field("", description="Of the run; the file's name by default.")
-    reason: str = Field("", description="Why, for the record; do not name persons here.")
     model: Place = Field(description="The model: folder or hub id.")
+    method: str | dict[str, Any] = Field(description="Name, or {name: ..., parameter: value ...}.")
+    template: TemplateSettings | None = Field(None, description="How question and answer become text.")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1 ...; the best there is by default.")
+    dtype: str | None = Field(None, description="float32, bfloat16 ...; the stored one by default.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    out: str | None = Field(None, description="Folder of the run; runs/<name> by default.")
+
+    @property
+    def method_name(self) -> str:
+        return self.method if isinstance(self.method, str) else str(self.method.get("name", ""))
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        return {} if isinstance(self.method, str) else {k: v for k, v in self.method.items() if k != "name"}
+
+
+class Request(Common):
+    """What to forget, what to keep, on which model, how, and how well it must be proved."""
+
+    reason: str = Field("", description="Why, for the record; do not name persons here.")
     subject: str | None = Field(
         None, description="Kind of model (`expunge list subjects`); what its configuration says by default."
     )
@@ -143,7 +162,6 @@ class Request(_Strict):
     rules: list[RuleSettings] = Field(
         [], description="How relations compose; forgotten facts that follow from kept ones are listed."
     )
-    template: TemplateSettings | None = Field(None, description="How question and answer become text.")
     method: str | dict[str, Any] = Field("npo", description="Name, or {name: ..., parameter: value ...}.")
     scope: str | dict[str, Any] | None = Field(
         None, description="Which weights may move; the method's own by default, mostly all."
@@ -152,18 +170,6 @@ class Request(_Strict):
     audit: AuditSettings = Field(AuditSettings(), description="How the result is attacked and measured.")
     proof: Literal["quick", "standard", "thorough"] = Field("standard", description="Budget of the attacks.")
     access: Literal["weights", "api"] = Field("weights", description="What an attacker can reach.")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1 ...; the best there is by default.")
-    dtype: str | None = Field(None, description="float32, bfloat16 ...; the stored one by default.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    out: str | None = Field(None, description="Folder of the run; runs/<name> by default.")
-
-    @property
-    def method_name(self) -> str:
-        return self.method if isinstance(self.method, str) else str(self.method["name"])
-
-    @property
-    def method_settings(self) -> dict[str, Any]:
-        return {} if isinstance(self.method, str) else {k: v for k, v in self.method.items() if k != "name"}
 
 
 def schema() -> dict[str, Any]:

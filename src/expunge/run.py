@@ -21,8 +21,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from .cards import MethodCard, card_dict
 from .environment import environment, versions
 from .errors import LaunchError, OutputError, RequestError
 from .evidence import Evidence
-from .files import write_text
+from .files import alone, write_text
 from .inference import Rule
 from .ledger import Ledger
 from .request import Request, check, load, named, read_data
@@ -91,7 +90,7 @@ def run(
     check_fit(request, data, subject)
     folder = Path(out or request.out or Path("runs") / request.name)
     job = _Job(request, data, subject, folder, ledger or Ledger(), progress)
-    with _alone(folder):
+    with alone(folder):
         return job.carry_out(change=True)
 
 
@@ -123,7 +122,7 @@ def audit_model(
     after = _suspect(model, request, before)
     folder = Path(out or Path("runs") / f"{request.name}-audit")
     job = _Job(request, data, before, folder, ledger or Ledger(), progress, after=after)
-    with _alone(folder):
+    with alone(folder):
         return job.carry_out(change=False)
 
 
@@ -226,35 +225,6 @@ def _suspect(model: str | Path | LanguageModel, request: Request, before: Langua
 
         return changed(Delta.load(folder / "delta"), before, read_data(request))
     return load_subject(request, str(model))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The run's folder, for one run at a time; the lock goes with its process."""
-    import fcntl
-
-    held: list[Any] = []
-
-    def lock() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.append(open(folder / ".lock", "w"))  # noqa: SIM115 - held open as long as the lock
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {folder}: {error.strerror or error}. Choose another place with --out."
-            ) from None
-        try:
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"another process is writing {folder}; wait for it or choose another --out") from None
-
-    try:
-        processes.once(lock)
-        processes.same(f"folder {folder}", (folder / ".lock").exists())
-        yield
-    finally:
-        for file in held:
-            file.close()
 
 
 class _Job:

@@ -10,9 +10,12 @@ the base itself, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from ...deltas import Delta, compose
 from ...edits import EditRow, edit_row
@@ -36,6 +39,8 @@ class Step:
     """Over the base; of a sequence it is added to those before it."""
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer the keys (n, f) that later edits are to spare, of methods that do."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,15 @@ class Edited:
     @property
     def edits(self) -> list[EditRow]:
         return [edit for step in self.steps for edit in step.edits]
+
+    @property
+    def keys(self) -> dict[int, list[Tensor]]:
+        """By layer the keys that later edits are to spare, step by step."""
+        found: dict[int, list[Tensor]] = {}
+        for step in self.steps:
+            for layer, keys in step.keys.items():
+                found.setdefault(layer, []).append(keys)
+        return found
 
     @property
     def delta(self) -> Delta | None:
@@ -97,40 +111,48 @@ def changed(delta: Delta, base: LanguageModel, rows: Mapping[str, list[Row]] | N
     return part.function(GuardCase(base, dict(rows or {}), *told), **delta.config["settings"])
 
 
-def edits(part: Part) -> bool:
-    """Whether a method makes edits: an editor, or a guard that tells facts."""
-    return part.card.kind == "edit" or "edits" in getattr(part.card, "needs", ())
-
-
 def carry_out(
-    part: Part, case: EditCase, settings: dict[str, Any], mode: Mode, progress: Progress | None = None
+    part: Part,
+    case: EditCase,
+    settings: dict[str, Any],
+    mode: Mode,
+    progress: Progress | None = None,
+    *,
+    done: Sequence[Step] = (),
+    keep: Callable[[Step], None] | None = None,
 ) -> list[Edited]:
     """Make a case's edits: of `one` as many results as edits, else one.
+
+    Args:
+        done: steps that an earlier call kept; it goes on behind them.
+        keep: called with every step as soon as it is made.
 
     Raises:
         ParameterError: the method is no editor, or the mode unknown.
         ExpungeError: what the method raises.
     """
-    if not edits(part):
+    if not part.makes_edits:
         raise ParameterError(f"{part.name} is of kind {part.card.kind}, expected an editor such as rome or ft_m")
     chosen = part.resolve(settings)
     facts = case.facts()
     case.memory.setdefault("edits", facts)  # what is worked out once is about all of them
     if mode == "batch":
-        return [Edited(case.base, (_step(part, case, chosen, facts, case.subject, {}),))]
+        step = done[0] if done else _step(part, case, chosen, facts, case.subject, {})
+        if keep and not done:
+            keep(step)
+        return [Edited(case.base, (step,))]
     if mode not in ("one", "sequence"):
         raise ParameterError(f"mode is {mode!r}. {suggest(mode, ('one', 'batch', 'sequence'))}")
-    found: list[Edited] = []
-    current, earlier = Edited(case.base), dict[int, Any]()
-    for number, edit in enumerate(facts, start=1):
-        if mode == "one":
-            found.append(Edited(case.base, (_step(part, case, chosen, [edit], case.base, {}),)))
-        else:
-            step = _step(part, case, chosen, [edit], current.model(), earlier)
-            current = replace(current, steps=(*current.steps, step))
+    steps = list(done)
+    for number, edit in enumerate(facts[len(done) :], start=len(done) + 1):
+        before = Edited(case.base, tuple(steps) if mode == "sequence" else ())
+        step = _step(part, case, chosen, [edit], before.model(), before.keys)
+        steps.append(step)
+        if keep:
+            keep(step)
         if progress:
             progress(number, len(facts))
-    return found if mode == "one" else [current]
+    return [Edited(case.base, (step,)) for step in steps] if mode == "one" else [Edited(case.base, tuple(steps))]
 
 
 def _step(
@@ -147,5 +169,7 @@ def _step(
         changed(delta, case.base)  # what cannot be told is said now
         return Step(tuple(edits), delta)
     own = replace(case, subject=subject, origin=case.base, edits=edits, earlier=earlier, summary={}, warnings=[])
+    spared = {layer: len(several) for layer, several in earlier.items()}
     delta = part.function(own, **settings)
-    return Step(tuple(edits), replace(delta, base=case.base.fingerprint), own.summary, tuple(own.warnings))
+    keys = {layer: torch.cat(several[spared.get(layer, 0) :]) for layer, several in own.earlier.items()}
+    return Step(tuple(edits), replace(delta, base=case.base.fingerprint), own.summary, tuple(own.warnings), keys)
