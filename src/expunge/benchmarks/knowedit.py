@@ -22,7 +22,6 @@ from ..edits import EditRow
 from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
 from ..files import write_text
-from ..methods.edit import operations
 from ..methods.edit.case import EditCase
 from ..methods.edit.operations import Mode, carry_out
 from ..methods.optimise.loop import Training
@@ -146,7 +145,7 @@ def _editing(bench: Bench, method: str | dict[str, Any], folder: Path, path: str
     given.pop("name", None)
     editor = registry.get("methods", name)
     settings = editor.resolve(given)
-    if not operations.edits(editor):
+    if not editor.makes_edits:
         raise ParameterError(f"method {name} is of kind {editor.card.kind}, expected an editor such as rome or ft_m")
     case = EditCase(
         bench.subject,

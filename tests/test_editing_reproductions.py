@@ -1,0 +1,133 @@
+"""Reproductions of editors: what is edited and what must stay, and claims that can fail."""
+
+import pytest
+
+from expunge.reproductions import easyedit, editing, sequential_edits
+from expunge.reproductions.editing import Subject
+from expunge.rows import Source, read_rows
+from expunge.subjects.language import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def case(tiny_world):
+    rows = [row for name in ("retain", "general") for row in read_rows(Source(str(tiny_world.data(name))), name)]
+    return Subject(tiny_world.world, LanguageModel.load(tiny_world.original, device="cpu"), rows)
+
+
+def test_edits_are_everybodys_first_fact_before_anybodys_second_with_other_answers(case):
+    people = [person.name for person in case.world.members("retain")]
+    edits = case.edits(len(people) + 2)
+    assert [edit.subject for edit in edits] == [*people, *people[:2]]
+    assert len({edit.id for edit in edits}) == len(edits)
+    edited = {person.name for person in case.world.members("retain")}
+    for edit in edits:
+        name, about = edit.id.split("/")
+        assert edit.ground_truth == (case.world.people[name].value(about),)
+        assert edit.target_new not in (*edit.ground_truth, name)
+        assert edit.prompt != edit.rephrasings[0]
+        assert len(edit.locality["subject"]) == 3
+        assert all(name in probe.prompt for probe in edit.locality["subject"])
+        assert not any(other in probe.prompt for probe in edit.locality["neighbours"] for other in edited)
+    assert case.edits(3) == edits[:3]
+    assert not {edit.subject for edit in case.others()} & edited
+
+
+def test_an_unedited_model_keeps_everything_and_a_trial_reports_what_was_undone(case, monkeypatch):
+    assert editing.measured(case.model, case.model, case.edits(3))["kept"] == 1
+    for module in (easyedit, sequential_edits):
+        monkeypatch.setattr(module, "subject", lambda seed, world: case)
+    found = easyedit.trial("ft_m", {"layer": 0, "steps": 2, "learning_rate": 0.05}, "one", 2, 0)
+    assert found["restored"] == 1
+    assert found["kept"] < 1
+    nothing = easyedit.trial("none", {}, "one", 2, 0)
+    assert nothing["kept"] == 1
+    run = sequential_edits.trial("grace", {"layer": 0, "steps": 2}, [1, 2], 0)
+    assert [point["edits"] for point in run["points"]] == [1, 2]
+    assert run["restored"] is True
+    assert set(sequential_edits.COLUMNS) <= set(run["points"][0])
+
+
+def table(changes):
+    """Results of every run of `easyedit` under which all claims hold, with some changed."""
+    good = {
+        "success": 0.9,
+        "tokens": 0.9,
+        "rephrase": 0.6,
+        "subject": 0.8,
+        "neighbours": 0.9,
+        "kept": 1.0,
+        "restored": 1.0,
+    }
+    runs = {
+        **{f"rome, layer {i}": {} for i in range(3)},
+        "rome, layer 3": {"success": 0.0},
+        "rome, layer 0, C = I": {"neighbours": 0.5},
+        "grace, layer 2": {"rephrase": 0.0},
+        "ike, k = 0": {},
+        "rome, 10 in a row": {"success": 0.8, "neighbours": 0.7},
+        "memit, 10 at once, weight 30": {"neighbours": 0.8},
+        "memit, 10 at once, weight 100": {"success": 0.75, "neighbours": 0.85},
+    }
+    return [
+        {**good, **values, **changes.get(run, {}), "run": run, "seed": seed}
+        for run, values in runs.items()
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        (0, {f"rome, layer {i}": {"success": 0.5} for i in range(3)}),
+        (0, {"rome, layer 3": {"success": 0.2}}),
+        (1, {"rome, layer 0, C = I": {"neighbours": 0.8}}),
+        (2, {"grace, layer 2": {"rephrase": 0.3}}),
+        (2, {"grace, layer 2": {"kept": 0.9}}),
+        (2, {"ike, k = 0": {"restored": 0.0}}),
+        (4, {"memit, 10 at once, weight 100": {"neighbours": 0.72}}),
+        (4, {"memit, 10 at once, weight 100": {"success": 0.6}}),
+    ],
+)
+def test_each_claim_of_easyedit_can_fail(place, changes):
+    assert [claim.holds for claim in easyedit.judge(table({}), 4, 10, 100.0)] == [True, True, True, None, True]
+    found = [claim.holds for claim in easyedit.judge(table(changes), 4, 10, 100.0)]
+    assert found[place] is False
+    assert [holds for i, holds in enumerate(found) if i not in (place, 3)] == [True] * 3
+
+
+def test_memits_weight_is_the_gentlest_that_is_as_good_as_rome_on_the_first_seed():
+    assert easyedit._weight(table({}), (30.0, 100.0), 10, 0) == 100.0
+    weak = {"memit, 10 at once, weight 100": {"success": 0.6}}
+    assert easyedit._weight(table(weak), (30.0, 100.0), 10, 0) == 30.0
+    both = {**weak, "memit, 10 at once, weight 30": {"success": 0.1}}
+    assert easyedit._weight(table(both), (30.0, 100.0), 10, 0) == 100.0
+
+
+def points(changes):
+    good = {"success": 0.9, "rephrase": 0.6, "kept": 1.0, "others": 1.0}
+    late = {"rome": {"success": 0.2, "others": 0.4}, "alphaedit": {"success": 0.5}, "grace": {}, "wise": {}}
+    return [
+        {**good, **({"rephrase": 0.1} if editor == "grace" else {}), **(late[editor] if n == 100 else {}), **more}
+        | {"editor": editor, "edits": n}
+        for editor in late
+        for n in (1, 10, 100)
+        for more in [changes.get((editor, n), {})]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        (0, {("rome", 1): {"success": 0.4}}),
+        (1, {("alphaedit", 100): {"success": 0.25}}),
+        (2, {("grace", 10): {"kept": 0.98}}),
+        (2, {("grace", 100): {"rephrase": 0.3}}),
+        (3, {("wise", 100): {"others": 0.9}}),
+    ],
+)
+def test_each_claim_of_sequential_edits_can_fail(place, changes):
+    assert [claim.holds for claim in sequential_edits.judge(points({}), True, 4, 10, 100)] == [True] * 5
+    found = [claim.holds for claim in sequential_edits.judge(points(changes), True, 4, 10, 100)]
+    assert found[place] is False
+    assert sum(found) == 4
+    assert sequential_edits.judge(points({}), False, 4, 10, 100)[4].holds is False
