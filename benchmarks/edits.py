@@ -1,6 +1,6 @@
 """Seconds per edit: our `rome` against EasyEdit's on the same model, fact and contexts, in the same run.
 
-    python benchmarks/edits.py --peer EasyEdit/ [--repeats 5] [--batches 1 8 32] [--threads 1] [--json FILE]
+    python benchmarks/edits.py --peer EasyEdit/ [--repeats 5] [--batches 1 8] [--threads 1] [--json FILE]
 
 A Llama of 4 layers and d = 256 with random weights; a tokenizer trained on this project's docs and on the facts, so
 that names are one or two tokens long, as in published vocabularies; invented facts, 20 contexts, 25 steps, layer 1, no
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="checkout of zjunlp/EasyEdit")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

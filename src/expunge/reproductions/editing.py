@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,20 +38,22 @@ class Subject:
     def edits(self, count: int) -> list[EditRow]:
         """Facts of retained people with other answers: everybody's first before anybody's second.
 
-        What must stay: the person's other facts (`subject`), and the same fact of others (`neighbours`).
+        What must stay: the person's other facts (`subject`), save those that are edited too, and the same fact of
+        others (`neighbours`).
         """
         people = self.world.members("retain")
         pairs = [(p, RELATIONS[(i + turn) % len(RELATIONS)]) for turn in range(4) for i, p in enumerate(people)]
-        return [self._edit(person, about) for person, about in pairs[:count]]
+        chosen = {(person.name, about) for person, about in pairs[:count]}
+        return [self._edit(person, about, chosen) for person, about in pairs[:count]]
 
-    def _edit(self, person: Person, about: str) -> EditRow:
+    def _edit(self, person: Person, about: str, edited: Collection[tuple[str, str]]) -> EditRow:
         draw = random.Random(f"{self.world.seed}/{person.name}/{about}/edit")
         trained, held_out = (beginnings(self.world, person, about, held) for held in (False, True))
         old = person.value(about)
         new = draw.choice([value for value in self.world.choices[about] if value not in (old, person.name)])
         near = draw.sample(self.world.members("neighbour", "forget"), NEAR)
         locality = {
-            "subject": tuple(self.probe(person, other) for other in RELATIONS if other != about),
+            "subject": tuple(self.probe(person, other) for other in RELATIONS if (person.name, other) not in edited),
             "neighbours": tuple(self.probe(one, about) for one in near),
         }
         return EditRow(
