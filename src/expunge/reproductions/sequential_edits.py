@@ -135,8 +135,8 @@ def judge(rows: list[Row], restored: bool, runs: int, few: int, many: int) -> li
 NOTES = [
     "Edits are of everybody's first fact before anybody's second (28 retained people of the invented world). Scores "
     "are taken after the last edit over all edits up to there, so that what later ones undid shows. What is beside an "
-    "edit are the person's facts that no edit of the sequence is about, and the same fact of others; 18 people are never "
-    "edited.",
+    "edit are the person's facts that no edit of the sequence is about, and the same fact of others; 18 people are "
+    "never edited.",
     "Settings are those of `easyedit`; MEMIT's weight is its middle one. 1000 edits are more facts than the world has.",
     "The world's models never met a text that contradicts what they know: what `ike` tells them they do not repeat.",
 ]
