@@ -14,6 +14,7 @@ from expunge.errors import RequestError, RowError
 from expunge.ledger import Ledger
 from expunge.methods.guard.case import GuardCase
 from expunge.pictures import Picture, chosen, write_folder
+from expunge.plan import plan
 from expunge.request import load, read_data
 from expunge.subjects.image import ImageClassifier
 from expunge.tables.passes import Features, Generate, run
@@ -86,9 +87,16 @@ def test_a_run_ends_in_a_delta_a_verdict_and_a_ledger_that_verifies(place, tmp_p
     assert [entry.event for entry in entries] == ["request_received", "started", "finished"]
     assert entries[-1].body["verdict"] == "suppressed"
     assert Ledger().verify()[0]
+    page = (Path("run") / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img src="data:image/png;base64,') == len(evidence.examples) > 5
+    assert {row["set"] for row in evidence.examples} == {"forget", "retain"}
+    assert "base64" not in (Path("run") / "report.md").read_text(encoding="utf-8")  # a model card quotes nobody
     # Once more: nothing is computed, nothing is entered.
     assert forget(place / "request.json", out="run").verdict == evidence.verdict
     assert len(Ledger().list()) == 3
+
+
+FEW = ["direct", "transformed", "linear_probe", "nearest_features", "relearn_speed"]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,9 @@ def judge(place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("audits")
 
     def judged(model, **changes):
-        path = asked(place, gold=["gold1", "gold2"], audit={"self_test": False, "metrics": []}, **changes)
+        path = asked(
+            place, gold=["gold1", "gold2"], audit={"self_test": False, "metrics": [], "attacks": FEW}, **changes
+        )
         return audit(model, request=path, out=folder / str(len(list(folder.iterdir()))))
 
     return judged
@@ -151,6 +161,21 @@ def test_a_picture_that_is_forgotten_and_kept_is_named(place, tmp_path):
     write_folder([Picture("c", same, "5")], tmp_path / "other")
     changes["data"]["retain"] = str(tmp_path / "other")
     assert len(read_data(load(asked(place, "twice.json", **changes)))["forget"]) == 2
+
+
+def test_a_plan_counts_what_steps_cost_and_what_an_audit_asks(place):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    made = plan(load(place / "request.json"))
+    model = ImageClassifier.load(place / "original", device="cpu")
+    model.model.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model.example.repeat(5, 1, 1, 1)).sum().backward()
+    assert made.flops["total"] == pytest.approx(made.tokens["fed"] / 5 * counter.get_total_flops())
+    assert made.parameters["trainable"] == sum(p.numel() for p in model.model.parameters())
+    assert made.audit["answers scored per model"] == 600
+    assert made.audit["relearning steps per model"] == 32
+    assert any("time is not estimated" in remark for remark in made.remarks)
 
 
 def test_each_modality_has_its_own_battery():

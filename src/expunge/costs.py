@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .methods.optimise.scope import Resolved
 from .subjects.anatomy import anatomy
+from .subjects.anatomy import structure as subject_structure
 from .subjects.head import CHUNK_ELEMENTS, KEEP_ELEMENTS
 from .subjects.language import LanguageModel
 from .subjects.packed import Encoded, pack
@@ -102,6 +103,66 @@ class Structure:
         kept = sum(4 * n * self.vocabulary for n in answers if n * self.vocabulary <= KEEP_ELEMENTS)
         chunked = any(n * self.vocabulary > KEEP_ELEMENTS for n in answers)
         return kept + (2 * 4 * CHUNK_ELEMENTS if chunked else 0)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model that is no decoder, as far as costs go: torch's counter over one row's pass, without weights."""
+
+    row: float
+    """FLOPs of one row forward."""
+    back: float
+    """And backward, to what moves."""
+    kept: float
+    """Bytes that one row keeps for the backward pass."""
+    head: int
+    vocabulary: int
+    blocks: int
+    total: int
+    moved: int
+    item: int
+
+    def forward(self, fed: Pass) -> float:
+        return self.row * fed.tokens
+
+    def backward(self, fed: Pass) -> float:
+        return self.back * fed.tokens
+
+    def logits(self, answers: Sequence[int]) -> int:
+        return sum(4 * n * self.vocabulary for n in answers)
+
+
+def shape_of(subject: Any, resolved: Resolved) -> Structure | Traced:
+    """What a subject's costs follow from: a decoder's matrices, or one pass of any other model over its example."""
+    if not hasattr(subject, "example"):
+        return structure(subject.model, resolved)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = _moving(subject.model, resolved)
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = subject.with_model(model).logits(subject.example.to("meta", subject.dtype))
+        row = counter.get_total_flops()
+        if logits.requires_grad:
+            logits.sum().backward()
+    return Traced(
+        row=float(row),
+        back=float(counter.get_total_flops() - row),
+        kept=float(sum(size for storage, size in found.items() if storage not in own)),
+        head=sum(model.get_parameter(name).numel() for _, name in subject_structure(model).roles["head"]),
+        vocabulary=subject.vocabulary,
+        blocks=len(subject.blocks),
+        total=sum(p.numel() for p in subject.model.parameters()),
+        moved=resolved.trainable,
+        item=next(subject.model.parameters()).element_size(),
+    )
 
 
 def structure(model: nn.Module, resolved: Resolved) -> Structure:

@@ -20,7 +20,7 @@ from .agents import Task
 from .attacks.case import Case
 from .attacks.written import Written
 from .audit import battery
-from .costs import Pass, Structure, kept, structure
+from .costs import Pass, Structure, Traced, kept, shape_of
 from .errors import SubjectError
 from .methods.optimise.loop import Drawn, Guard, Training, draw
 from .methods.optimise.scope import Resolved, resolve
@@ -29,11 +29,13 @@ from .metrics.measure import Asked, more_tables
 from .registry import Part
 from .request import Request, check, named, read_data
 from .rows import Row
+from .subjects.image import ImageClassifier
 from .subjects.language import LanguageModel, Template
+from .subjects.opening import kind_of
 from .subjects.packed import Encoded, batches, pack
 from .subjects.soft import SoftPrompt
 from .tables.generations import Generations
-from .tables.passes import Ask, Continue, Generate, Hidden, Patch, Pull, Score, everything, longest_answer
+from .tables.passes import Ask, Continue, Features, Generate, Hidden, Patch, Pull, Score, everything, longest_answer
 
 ATTAINED = 0.6
 """Share of the measured product rate that training reaches on large matrices."""
@@ -96,12 +98,19 @@ def plan(request: Request) -> Plan:
     )
 
 
-def without_weights(request: Request) -> LanguageModel:
-    """The request's model on the meta device: its structure and its tokenizer.
+def without_weights(request: Request) -> Any:
+    """The request's model on the meta device: its structure, and its tokenizer or image processor.
 
     Raises:
-        SubjectError: no such model.
+        SubjectError: no such model, or one of a kind that only its own weights can build.
     """
+    kind = request.subject or kind_of(request.model)
+    if kind == "image":
+        return ImageClassifier.bare(request.model, dtype=request.dtype)
+    if kind != "language":
+        raise SubjectError(
+            f"{request.model} is opened as {kind}: only models of transformers can be planned without weights"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options = {"trust_remote_code": request.trust_remote_code}
@@ -134,7 +143,7 @@ def estimate(
     setup = set_up(subject, part, settings, scope=scope, data=data, training=training, dry=True)
     resolved, drawn, held_out = setup.resolved, setup.drawn, setup.held_out
     sides, retain = list(drawn.rows), setup.chain[-1][1].get("retain")
-    shape = structure(subject.model, resolved)
+    shape = shape_of(subject, resolved)
     steps = len(drawn.steps)
     sampled = [_rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
     passes = [_pass(step) for step in sampled]
@@ -150,7 +159,11 @@ def estimate(
         "guard": _checks(training, steps) * shape.forward(_pass([held_out])) if held_out else 0.0,
     }
     flops["total"] = sum(flops.values())
-    per_token = kept(subject, resolved, [row for side in sampled[0] for row in side]) if sampled else 0.0
+    per_token: float | None = 0.0
+    if isinstance(shape, Traced):
+        per_token = shape.kept
+    elif sampled:
+        per_token = kept(subject, resolved, [row for side in sampled[0] for row in side])
     copied = sum(subject.model.get_parameter(name).numel() for name, *_ in resolved.slices)
     memory = _memory(shape, resolved, copied, passes, per_token or 0.0, training, bool(held_out))
     return {
@@ -174,6 +187,10 @@ def estimate(
         "time": _time(subject, shape, flops["total"], steps, passes, _mean([sum(map(len, step)) for step in sampled])),
         "remarks": [
             *setup.case.warnings,
+            *(
+                ["time is not estimated for pictures: filters run at another rate than products"]
+                * isinstance(shape, Traced)
+            ),
             *([] if per_token is not None else ["activations are not counted: the model cannot run without weights"]),
         ],
     }
@@ -181,7 +198,7 @@ def estimate(
 
 def nothing(subject: LanguageModel, why: str) -> dict[str, Any]:
     """The same entries for a method that does not train."""
-    shape = structure(subject.model, resolve("none", subject.model))
+    shape = shape_of(subject, resolve("none", subject.model))
     weights = float(shape.total * shape.item)
     return {
         "parameters": {"total": shape.total, "trainable": 0, "share": 0.0, "tensors": 0},
@@ -205,7 +222,7 @@ def _pass(sides: Sequence[Sequence[Encoded]]) -> Pass:
     return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides))
 
 
-def _step(shape: Structure, fed: Pass, sides: list[str], frozen_head: float, training: Training) -> float:
+def _step(shape: Structure | Traced, fed: Pass, sides: list[str], frozen_head: float, training: Training) -> float:
     """FLOPs of one optimiser step."""
     flops = shape.forward(fed) + shape.backward(fed)
     if frozen_head:
@@ -216,7 +233,7 @@ def _step(shape: Structure, fed: Pass, sides: list[str], frozen_head: float, tra
     return flops
 
 
-def _needs(shape: Structure, needs: set[str], drawn: Drawn) -> float:
+def _needs(shape: Structure | Traced, needs: set[str], drawn: Drawn) -> float:
     """FLOPs of what is computed once, for exactly the rows that are drawn."""
     flops = 0.0
     for side, _, quantity in (need.partition(".") for need in sorted(needs)):
@@ -238,7 +255,7 @@ def _checks(training: Training, steps: int) -> int:
 
 
 def _memory(
-    shape: Structure,
+    shape: Structure | Traced,
     resolved: Resolved,
     copied: int,
     passes: list[Pass],
@@ -268,10 +285,10 @@ def _memory(
 
 
 def _time(
-    subject: LanguageModel, shape: Structure, flops: float, steps: int, passes: list[Pass], rows: float
+    subject: LanguageModel, shape: Structure | Traced, flops: float, steps: int, passes: list[Pass], rows: float
 ) -> dict[str, float]:
     """Seconds on this machine, from a measured product of the run's own shape."""
-    if not steps:
+    if not steps or isinstance(shape, Traced):
         return {"FLOP per second": 0.0, "seconds": 0.0}
     rate = product_rate(round(_mean([p.tokens for p in passes])), shape, subject.dtype)
     # Small models wait for the launch of operations, not for arithmetic; the optimiser passes over what moves.
@@ -365,7 +382,7 @@ def passes(
     """
     limit = longest_answer(subject, data)
     case = _Watched(subject, data, seed, limit)
-    more = more_tables(metrics)
+    more = more_tables(metrics, subject.modality)
     for ask in everything(subject, data, limit, more=more - {"divergences"}, host=subject, seed=seed).values():
         case.note(ask)
     for name, settings in attacks:
@@ -407,13 +424,18 @@ def passes(
         "rows whose states are patched per model": len(rows[Patch]),
         "answers continued from every beginning per model": len(continued),
         "rows compared with an untrained network per model": len(compared),
-        "hidden states per model": sum(len(ask.prompts) for ask in case.asked if isinstance(ask, Hidden)),
+        "hidden states per model": sum(_looked(ask) for ask in case.asked),
         "questions to changed copies per model": sum(len(a.prompts) for a in case.copies if isinstance(a, Generate)),
         "relearning steps per model": sum(len(drawn.steps) for drawn in case.taught),
         "relearning tokens per model": sum(drawn.tokens[0] for drawn in case.taught),
         "tokens in an answer at most": limit,
         **_compared(subject, data, seed),
     }
+
+
+def _looked(ask: Ask) -> int:
+    """Hidden states that an ask wants."""
+    return len(ask.prompts) if isinstance(ask, Hidden) else len(ask.rows) if isinstance(ask, Features) else 0
 
 
 def _compared(subject: LanguageModel, data: dict[str, list[Row]], seed: int) -> dict[str, int]:

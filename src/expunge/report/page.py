@@ -257,7 +257,15 @@ def metric_table(metrics: list[Measured]) -> list[dict[str, Any]]:
 def example(row: dict[str, Any]) -> dict[str, Any]:
     answer = str(row.get("answer") or "")
     said = [highlight(row.get(role), answer) for role in ROLES]
-    return {"question": "", "row": "", **row, "answer": answer, "set": str(row.get("set") or ""), "said": said}
+    return {
+        "question": "",
+        "picture": "",
+        "row": "",
+        **row,
+        "answer": answer,
+        "set": str(row.get("set") or ""),
+        "said": said,
+    }
 
 
 def highlight(text: str | None, answer: str) -> Markup:

@@ -144,6 +144,25 @@ class ImageClassifier:
             raise SubjectError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
         return cls(model, classes, processor, name)
 
+    @classmethod
+    def bare(cls, path: str | Path, *, dtype: str | None = None) -> ImageClassifier:
+        """The model of a folder or hub id without its weights (meta device), with its image processor.
+
+        Raises:
+            SubjectError: no such model.
+        """
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+        try:
+            processor = AutoImageProcessor.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path)
+            with torch.device("meta"):
+                model = AutoModelForImageClassification.from_config(config)
+        except Exception as error:  # transformers raises a dozen kinds here
+            raise SubjectError(f"model {path} cannot be read: {str(error).splitlines()[0]}") from error
+        model = model.to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
+        return cls(model, [str(config.id2label[i]) for i in range(len(config.id2label))], processor, str(path))
+
     def save(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face model folder (safetensors).
 
@@ -247,12 +266,11 @@ class ImageClassifier:
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module.out_features == len(self.classes)
         ]
-        example = self.processor(images=np.zeros((32, 32, 3), np.uint8), return_tensors="pt")["pixel_values"]
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = self._run(example.to(self.device, self.dtype))
+                logits = self.logits(self.example.to(self.device, self.dtype))
         finally:
             self.model.train(training)
             for handle in handles:
@@ -264,7 +282,13 @@ class ImageClassifier:
             f"{self.name}: no linear layer gives its logits {tuple(logits.shape)} for {len(self.classes)} classes"
         )
 
-    def _run(self, pixels: Tensor) -> Tensor:
+    @cached_property
+    def example(self) -> Tensor:
+        """(1, c, h, w) pixels of a black picture."""
+        return self.processor(images=np.zeros((32, 32, 3), np.uint8), return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(n, K) of prepared pixels (n, c, h, w)."""
         output = self.model(pixels)
         return output if isinstance(output, Tensor) else output.logits
 
@@ -322,7 +346,7 @@ class ImageClassifier:
             self.model.get_submodule(blocks[layer].name).register_forward_hook(keep(layer)) for layer in taps.layers
         ]
         try:
-            self._run(torch.stack(list(pixels)).to(self.device, self.dtype))
+            self.logits(torch.stack(list(pixels)).to(self.device, self.dtype))
         finally:
             for handle in handles:
                 handle.remove()
