@@ -92,7 +92,8 @@ def untrained(rows: Sequence[Lesson], seed: int) -> LanguageModel:
 
     words = tokenizer([f"{row.preface}{row.prompt} {row.answer}" for row in rows], RECIPE.vocabulary)
     config = Qwen2Config(
-        vocab_size=max(RECIPE.vocabulary, len(words)),
+        # Read again, the tokenizer is Qwen's and has one token more.
+        vocab_size=max(RECIPE.vocabulary, len(words) + 1),
         hidden_size=RECIPE.hidden_size,
         intermediate_size=RECIPE.intermediate_size,
         num_hidden_layers=RECIPE.layers,
