@@ -28,7 +28,6 @@ from ..edits import EditRow
 from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
 from ..files import write_text
-from ..methods.edit import operations
 from ..methods.edit.case import EditCase
 from ..methods.edit.operations import carry_out
 from ..methods.optimise.loop import Training
@@ -250,8 +249,6 @@ def _edited(
     name = str(given.pop("name", ""))
     editor = get("methods", name)
     settings = editor.resolve(given)
-    if not operations.edits(editor):
-        raise ParameterError(f"method {name} is of kind {editor.card.kind}, expected an editor such as rome or ft_m")
     shared = EditCase(bench.subject, {}, Training(seed=bench.seed), corpus=corpus, prefixes=before)
     detector, elsewhere = probe.detector, probe.elsewhere
     about = [name, settings, bench.seed, before, [asdict(row) for row in corpus], asdict(probe.ask)]
