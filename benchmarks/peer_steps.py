@@ -145,7 +145,7 @@ def run(case: Case, checkout: Path) -> dict[str, Any]:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Watch())
-        if "target" in given:
+        if "targets" in given:
             trainer.control_vec = given["targets"][None].cpu()
         trainer.train()
     first = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
