@@ -22,9 +22,8 @@ from expunge.rows import Source
 from expunge.subjects.anatomy import structure
 from expunge.subjects.fresh import fresh
 from expunge.subjects.image import ImageClassifier, Preparation, weights_fingerprint
-from expunge.subjects.language import Taps
 from expunge.subjects.packed import pack
-from expunge.subjects.protocol import Subject
+from expunge.subjects.protocol import Subject, Taps
 from expunge.tables.passes import Score, Store
 from expunge.tables.passes import run as ask
 from expunge.world.pictures.draw import PARTS, digits, glyphs, people

@@ -13,8 +13,9 @@ from expunge.methods.guard.case import GuardCase
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import unlearn
 from expunge.rows import Row
-from expunge.subjects.language import LanguageModel, Taps, Template
+from expunge.subjects.language import LanguageModel, Template
 from expunge.subjects.packed import pack
+from expunge.subjects.protocol import Taps
 from expunge.subjects.routing import scores, scoring
 from expunge.tables.passes import Route, Store, run
 from expunge.tables.routes import Routes

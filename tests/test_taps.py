@@ -6,8 +6,9 @@ from tiny import ARCHITECTURES, tiny
 
 from expunge.errors import SubjectError
 from expunge.rows import Row
-from expunge.subjects.language import LanguageModel, Taps
+from expunge.subjects.language import LanguageModel
 from expunge.subjects.packed import pack
+from expunge.subjects.protocol import Taps
 
 PACKED = [name for name in ARCHITECTURES if name not in ("gpt_neo", "bloom")]
 

@@ -16,8 +16,9 @@ from expunge.methods.optimise.unlearn import _needs, _recipe, _working_copy, set
 from expunge.methods.optimise.uoe import Anchor, affinity, anchored, sample, select
 from expunge.plan import estimate
 from expunge.rows import Row
-from expunge.subjects.language import LanguageModel, Taps, weights_fingerprint
+from expunge.subjects.language import LanguageModel, weights_fingerprint
 from expunge.subjects.packed import pack
+from expunge.subjects.protocol import Taps
 
 TRAINING = Training(steps=4, batch_size=4, learning_rate=1e-2, guard=None)
 

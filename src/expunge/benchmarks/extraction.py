@@ -13,7 +13,8 @@ import numpy as np
 from ..errors import ParameterError, RowError
 from ..rows import Row
 from ..subjects.greedy import paths
-from ..subjects.language import LanguageModel, Progress
+from ..subjects.language import LanguageModel
+from ..subjects.protocol import Progress
 
 
 @dataclass(frozen=True)

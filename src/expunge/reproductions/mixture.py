@@ -19,8 +19,9 @@ from torch import Tensor
 from ..methods.optimise.loop import Recipe, Training, draw, train
 from ..methods.optimise.terms import Step, negative_log_likelihood
 from ..rows import Row
-from ..subjects.language import LanguageModel, Taps
+from ..subjects.language import LanguageModel
 from ..subjects.packed import Encoded
+from ..subjects.protocol import Taps
 from ..world.build import kept
 
 DOMAINS: dict[str, dict[str, tuple[str, str]]] = {

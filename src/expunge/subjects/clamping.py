@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import ParameterError, SubjectError
 from .input_vectors import Kind, neuron_matrices
-from .language import LanguageModel, Progress
+from .language import LanguageModel
 from .projection import Readout, project
+from .protocol import Progress
 from .value_vectors import Address, ValueMatrix, find, vectors
 from .watch import watch
 

@@ -27,7 +27,8 @@ from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
 
 if TYPE_CHECKING:
-    from .language import LanguageModel, Progress
+    from .language import LanguageModel
+    from .protocol import Progress
 
 TOKENS = 2048
 """Tokens with activations at once."""

@@ -27,8 +27,8 @@ from ..registry import subject
 from ..tables.generations import Generations
 from ..tables.scores import COLUMNS, Key, Scores
 from .anatomy import Block, structure
-from .language import Progress, Taps
 from .packed import Encoded, Pack, batches, pack
+from .protocol import Progress, Taps
 
 PICTURES = 256
 """Pictures in one pass without gradients."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
+from .protocol import Progress, Taps
 
 if TYPE_CHECKING:
     from .decoding import Started
 
-Progress = Callable[[int, int], None]
 
 # Probabilities and Adam moments below 1e-38 are computed a hundred times slower by CPUs than zeros, and damaged models
 # are full of them. The flag must be set before the first parallel operation, so that all worker threads inherit it.
@@ -51,20 +51,6 @@ class Template:
 
     prompt: str = "Question: {question}\nAnswer:"
     separator: str = " "
-
-
-@dataclass(frozen=True)
-class Taps:
-    """What a pass hands out: final hidden states, the residual stream after blocks, router logits of blocks."""
-
-    final: bool = True
-    """Final hidden states at answer positions; without them the pass stops after the highest tapped block."""
-    layers: tuple[int, ...] = ()
-    routers: tuple[int, ...] = ()
-    chosen: tuple[int, ...] = ()
-    """Blocks whose chosen experts are read, with their weights."""
-    positions: Literal["all", "answer"] = "all"
-    """Where all but the final states are read: every fed token of every row, or those that predict the answer."""
 
 
 class BlockParts(NamedTuple):

@@ -22,7 +22,8 @@ from ..errors import RowError, SubjectError
 from ..files import cache_folder, complete_folder, save_tensors
 from ..rows import Row
 from ..tables.store import content_key
-from .language import TOKEN_BUDGET, LanguageModel, Progress
+from .language import TOKEN_BUDGET, LanguageModel
+from .protocol import Progress
 from .tails import Text, edited_matrix, look
 
 MOMENT_BYTES = 8 << 30

@@ -29,8 +29,9 @@ from ..errors import MismatchError, SubjectError, TableError
 from ..files import save_tensors, write_text
 from .anatomy import anatomy
 from .input_vectors import Holding, Kind, front_norm, neuron_matrices, present
-from .language import LanguageModel, Progress
+from .language import LanguageModel
 from .projection import Projection, Readout, Sign, linear_part, project
+from .protocol import Progress
 from .value_vectors import Address, ValueMatrix, vectors
 
 Gain = Literal["none", "final", "input"]

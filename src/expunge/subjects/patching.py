@@ -23,7 +23,8 @@ from .packed import Encoded, in_order, pack
 from .protocol import innermost
 
 if TYPE_CHECKING:
-    from .language import LanguageModel, Progress
+    from .language import LanguageModel
+    from .protocol import Progress
 
 TOKENS = 4096
 """Tokens fed in one pass, variants included."""
@@ -72,7 +73,7 @@ def patched(
 
     def read(group: Sequence[int]) -> list[np.ndarray]:
         chosen = [rows[i] for i in group]
-        from .language import Taps
+        from .protocol import Taps
 
         taps = Taps(final=False, layers=tuple(range(blocks)), positions="answer")
         if donor is host:  # its own states change nothing

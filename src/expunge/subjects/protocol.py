@@ -11,12 +11,29 @@ Hidden states of prompts and packing are no part of it: attacks that ask in word
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from .packed import Encoded, Pack
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What a pass hands out: final hidden states, the residual stream after blocks, router logits of blocks."""
+
+    final: bool = True
+    """Final hidden states at answer positions; without them the pass stops after the highest tapped block."""
+    layers: tuple[int, ...] = ()
+    routers: tuple[int, ...] = ()
+    chosen: tuple[int, ...] = ()
+    """Blocks whose chosen experts are read, with their weights."""
+    positions: Literal["all", "answer"] = "all"
+    """Where all but the final states are read: every fed token of every row, or those that predict the answer."""
 
 
 def innermost(subject: Any) -> Any:

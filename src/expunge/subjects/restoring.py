@@ -29,7 +29,8 @@ from .packed import in_order
 from .watch import attention
 
 if TYPE_CHECKING:
-    from .language import LanguageModel, Progress
+    from .language import LanguageModel
+    from .protocol import Progress
 
 Kind = Literal["block", "mlp", "attention"]
 KINDS: tuple[Kind, ...] = ("block", "mlp", "attention")

@@ -26,8 +26,9 @@ from ...edits import TOLD
 from ...errors import ParameterError
 from ...registry import edit
 from ...subjects.anatomy import anatomy
-from ...subjects.language import LanguageModel, Taps
+from ...subjects.language import LanguageModel
 from ...subjects.packed import pack
+from ...subjects.protocol import Taps
 from ..optimise.terms import Objective
 from .case import Edit, EditCase
 from .values import Together, depth, lookup

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...deltas import Delta
 from ...errors import ParameterError, TrainingError
-from ...subjects.language import LanguageModel, Taps
+from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded, Pack, pack
+from ...subjects.protocol import Taps
 from ...subjects.tails import edited_matrix
 from ...subjects.value_vectors import ValueMatrix
 from .case import EditCase

@@ -19,8 +19,8 @@ from ...deltas import Delta
 from ...errors import ParameterError, RowError
 from ...subjects.anatomy import structure
 from ...subjects.image import ImageClassifier
-from ...subjects.language import Progress
 from ...subjects.packed import Encoded
+from ...subjects.protocol import Progress
 from ..optimise.loop import Recipe, Training, draw, entries, train
 from ..optimise.scope import LoraSpec, resolve
 from ..optimise.terms import negative_log_likelihood

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from ...errors import ParameterError
 from ...registry import optimise
 from ...subjects.anatomy import anatomy
-from ...subjects.language import Taps
+from ...subjects.protocol import Taps
 from .terms import Side, Step
 from .unlearn import Preparation
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import ParameterError
 from ...registry import optimise
 from ...subjects.anatomy import anatomy
-from ...subjects.language import Taps
+from ...subjects.protocol import Taps
 from .loop import Turn, activations
 from .terms import Objective, negative_log_likelihood
 from .unlearn import Preparation

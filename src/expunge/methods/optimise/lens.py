@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import ParameterError
 from ...subjects.anatomy import anatomy
-from ...subjects.language import Taps
+from ...subjects.protocol import Taps
 from .terms import Side, Step, chunked
 from .unlearn import Preparation
 

@@ -27,8 +27,9 @@ from ... import processes
 from ...errors import RequestError, TrainingError
 from ...files import complete_folder, save_tensors
 from ...subjects.gather import Gather
-from ...subjects.language import LanguageModel, Progress, Taps
+from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded, Pack, batches, in_order, pack
+from ...subjects.protocol import Progress, Taps
 from .adamw import AdamW
 from .shards import cut, is_part, like, local, norm, sharded, whole
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import ParameterError, TrainingError
 from ...registry import optimise
 from ...subjects.anatomy import anatomy
-from ...subjects.language import Taps
+from ...subjects.protocol import Taps
 from .loop import activations
 from .terms import Step
 from .unlearn import Preparation

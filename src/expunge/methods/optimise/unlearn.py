@@ -20,8 +20,9 @@ from ...errors import ParameterError, RequestError, RowError, ScopeError
 from ...registry import Part
 from ...rows import Row
 from ...subjects.anatomy import structure
-from ...subjects.language import LanguageModel, Progress, Taps
+from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded
+from ...subjects.protocol import Progress, Taps
 from ...tables.store import content_key
 from . import columns, fila, slices
 from .loop import Drawn, Recipe, Training, Turn, activations, draw, entries, references, train

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ...errors import ParameterError, ScopeError, SubjectError
 from ...registry import optimise
-from ...subjects.language import LanguageModel, Taps
+from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded, batches, pack
+from ...subjects.protocol import Taps
 from ...subjects.routing import Scoring, scores, scoring
 from .terms import Objective, Side, Step
 from .unlearn import Preparation
