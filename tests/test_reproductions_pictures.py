@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from expunge.reproductions import corrective, gs_lora, iau, image_baselines, ssd
+from expunge.reproductions import concept_poisoning, corrective, gs_lora, iau, image_baselines, ssd
 from expunge.reproductions.pictures import CLASSES, Kept, answers
 from expunge.subjects.image import ImageClassifier, Preparation
 from expunge.world.pictures.draw import digits
@@ -305,3 +305,37 @@ def test_the_tables_of_gs_lora_have_a_cell_for_every_column():
         table = gs_lora._table(gs_lora_rows({}), data)
         assert len(table.rows) == len(gs_lora.ASKED[data]) + len(gs_lora.LONGER.get(data, ()))
         assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def poisoning(**changes):
+    cells = {
+        f"{place}, {labels}, {scope}" for place in concept_poisoning.PLACES for scope, labels in concept_poisoning.CELLS
+    }
+    plain = {name: (0.9 if "keep" in name else 0.0) for name in cells} | {"original": 1.0, "retrained": 0.0}
+    plain |= {"localized, targeted, all": 0.5, **{k: v for k, v in changes.items() if k in cells}}
+    flat = [
+        {"model": model, "seed": seed, "target": target, "retained": 0.98, "refitted": changes.get("refitted", 0.7)}
+        for model, target in plain.items()
+        for seed in SEEDS
+    ]
+    places = {"integrated_gradients": {"median": changes.get("median", 2.0)}, "random": {"median": 9.0}}
+    top = {"weight": 6, "integrated_gradients": changes.get("right", 5)}
+    return concept_poisoning.judge([{"seed": s, "found": {"top": top, "places": places}} for s in SEEDS], flat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "claim"),
+    [
+        ({"right": 4}, 0),
+        ({"median": 3.5}, 1),
+        ({"localized, targeted, role:head": 0.06}, 2),
+        ({"center, keep, role:head": 0.7}, 3),
+        ({"none, targeted, role:head": 0.06}, 4),
+        ({"refitted": 0.4}, 5),
+        ({"none, targeted, all": 0.45}, 6),
+    ],
+)
+def test_each_criterion_of_concept_poisoning_can_turn(changes, claim):
+    plain, found = ([c.holds for c in some] for some in (poisoning(), poisoning(**changes)))
+    assert plain == [True, True, True, True, False, True, True]
+    assert [i for i, (a, b) in enumerate(zip(plain, found)) if a != b] == [claim]

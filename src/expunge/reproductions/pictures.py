@@ -58,6 +58,8 @@ def change(
     method: str,
     settings: Mapping[str, Any],
     seed: int,
+    *,
+    scope: str | None = None,
     **training: Any,
 ) -> tuple[ImageClassifier, dict[str, Any], float]:
     """(the changed classifier, what the method says of its run, CPU seconds)"""
@@ -66,10 +68,10 @@ def change(
     rows_: Any = data
     began = time.process_time()
     if part.card.kind == "optimise":  # type: ignore[union-attr]
-        outcome = unlearn(subject, part, settings, scope=None, data=rows_, training=made)  # type: ignore[arg-type]
+        outcome = unlearn(subject, part, settings, scope=scope, data=rows_, training=made)  # type: ignore[arg-type]
         delta, about = outcome.delta, outcome.summary
     else:
-        case = EditCase(subject, rows_, made)  # type: ignore[arg-type]
+        case = EditCase(subject, rows_, made, scope)  # type: ignore[arg-type]
         delta, about = part.function(case, **part.resolve(settings)), case.summary
     seconds = time.process_time() - began
     after: Any = delta.apply(subject)  # type: ignore[arg-type]
