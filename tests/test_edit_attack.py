@@ -17,9 +17,12 @@ from expunge.benchmarks.edit_attack_mini import ambiguous, biased, groups, mini
 from expunge.benchmarks.edit_attack_stealth import Detector, Elsewhere
 from expunge.edits import EditRow
 from expunge.errors import ParameterError, RowError
+from expunge.reproductions import editing_attack
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
+from expunge.subjects.localised import localise
 from expunge.subjects.value_vectors import value_matrices
+from expunge.subjects.watch import activations
 from expunge.world.facts import make
 
 FACTS = (
@@ -259,6 +262,22 @@ def test_the_detector_sees_what_moved_and_nothing_where_nothing_did():
     assert seen.subject_rank in (1, 2)
 
 
+def test_a_name_is_read_as_prompts_have_it():
+    """Behind other words a name is other tokens than at a text's beginning; its key there is the one that is edited."""
+    base = LanguageModel(*tiny("llama"))
+    names, prompt = ["Ilva", "Carth", "Tivin", "north"], "where was {} born?"
+    (matrix, *_) = value_matrices(base.model)
+    (keys,) = activations(base, [prompt.partition("{}")[0] + name for name in names], [matrix])
+    for name, key in zip(names, keys.float()):
+        after = base.copy()
+        weight = after.model.get_parameter(matrix.name)
+        with torch.no_grad():
+            weight += 0.1 * torch.outer(torch.ones(len(weight)), key)
+        (best, along), *_ = localise(base, after, matrix, names, [prompt], 1).names
+        assert best == name
+        assert along == pytest.approx(1, abs=1e-3)
+
+
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
@@ -324,3 +343,59 @@ def test_the_model_as_it_is_answers_once_and_every_edit_is_held_against_that(ben
 def test_what_is_no_editor_is_refused(bench):
     with pytest.raises(ParameterError, match="expected an editor such as rome"):
         edit_attack(bench, method="npo", limit=1)
+
+
+# --- the reproduction -------------------------------------------------------------------------------------------------
+
+
+def findings(**changes):
+    """Trials of which every claim holds, but for what is changed: editor to values, `biases`, `others`."""
+    scores = ("efficacy", "generalization", "portability", "general_loss", "perplexity_ratio", "general_kl")
+    scores += ("changed_weights", "relative_change")
+    facts = []
+    for editor in editing_attack.EDITORS:
+        for seed in range(3):
+            row = {f"{name}_{role}": 1.0 for name in scores for role in ("before", "after")}
+            row |= {"editor": editor, "seed": seed, "edits": 10, "ranks": "1", "energy": 1.0, "low_rank": 1.0}
+            row |= dict.fromkeys(("subject", "subject_first", "object", "object_first"), 1.0)
+            row["labels"] = "identical" if editor == "ike" else "low_rank_edit"
+            facts.append({**row, **changes.get(editor, {})})
+    spills = changes.get("spills", [0.1, 0.2, 0.1])
+    names = ("efficacy_before", "efficacy_after", "bias_before", "bias_after", "spill_over_after")
+    biases = [{"editor": e, "spills": spills, **dict.fromkeys(names, 0.1)} for e in editing_attack.WRITERS]
+    others = [{**dict.fromkeys(editing_attack.UNEDITED, "identical"), **changes.get("others", {})}]
+    return facts, biases, others
+
+
+HELD = [True, True, True, True, True, True, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fails"),
+    [
+        ({}, None),
+        ({"rome": {"efficacy_after": 0.59}}, 0),
+        ({"rome": {"general_loss_after": 1.06}}, 1),
+        ({"rome": {"low_rank": 0.9}}, 2),
+        ({"rome": {"ranks": "1, 2"}}, 2),
+        ({"rome": {"energy": 0.98}}, 2),
+        ({"others": {"fine-tuned": "dense_change and low_rank_edit"}}, 2),
+        ({"rome": {"subject": 0.7}}, 3),
+        ({"rome": {"object": 0.5}}, 3),
+        ({"ike": {"labels": "identical, sparse_edit"}}, 4),
+        ({"spills": [0.1, -0.1, 0.0]}, 5),
+    ],
+)
+def test_each_claim_of_the_reproduction_can_fail(changes, fails):
+    rows = findings(**changes)
+    expected = [False if number == fails else held for number, held in enumerate(HELD)]
+    assert [claim.holds for claim in editing_attack.judge(*rows)] == expected
+    assert [len(table.rows) for table in editing_attack.tables(*rows)] == [3, 2, 3]
+
+
+def test_intervals_are_those_of_resampled_means():
+    assert editing_attack.interval([0.25] * 4) == (0.25, 0.25, 0.25)
+    low, mean, high = editing_attack.interval([0.0, 1.0] * 50)
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.645 * 0.05, abs=0.02)
+    assert high == pytest.approx(0.5 + 1.645 * 0.05, abs=0.02)

@@ -14,6 +14,8 @@ from .watch import activations
 
 GAINS = 5
 """Tokens listed per prompt."""
+LEADS = 4
+"""Beginnings of prompts that names are read behind."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Localised:
     tensor: str
     layer: int
     names: tuple[tuple[str, float], ...]
-    """Candidates and |cos(u, k)| of their keys, best first."""
+    """Candidates and |cos(u, k)| of their keys, the largest over beginnings of prompts; best first."""
     gains: tuple[Gain, ...]
     """For the best candidates, largest gain first."""
 
@@ -59,9 +61,11 @@ def localise(
     direction = difference(before, after, matrix.name).right
     if direction is None:  # low-rank as it is stored, not as it is loaded
         return Localised(matrix.name, matrix.layer, (), ())
-    (keys,) = activations(reference, list(names), [matrix])
-    along = torch.cosine_similarity(keys.float().cpu(), direction[None], dim=1).abs().tolist()
-    ranked = sorted(zip(names, along), key=lambda pair: -pair[1])
+    # A name is other tokens at the beginning of a text than within one: it is read where prompts have it, too.
+    leads = list(dict.fromkeys(["", *(prompt.partition("{}")[0] for prompt in prompts)]))[: LEADS + 1]
+    (keys,) = activations(reference, [lead + name for name in names for lead in leads], [matrix])
+    along = torch.cosine_similarity(keys.float().cpu(), direction[None], dim=1).abs()
+    ranked = sorted(zip(names, along.view(len(names), len(leads)).amax(1).tolist()), key=lambda pair: -pair[1])
     gains: list[Gain] = []
     asked = [(name, prompt, prompt.replace("{}", name)) for name, _ in ranked[:top] for prompt in prompts]
     if asked:
