@@ -25,7 +25,7 @@ CHEAP: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def evidence(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evidence, Path]:
     folder = tmp_path_factory.mktemp("all-attacks")
-    attacks = [{part.name: CHEAP.get(part.name, {})} for part in registry.parts("attacks")]
+    attacks = [{part.name: CHEAP.get(part.name, {})} for part in registry.serving("attacks", "language")]
     changes = {"audit.attacks": attacks, "audit.metrics": [], "audit.self_test": False, "audit.bootstrap": 100}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPUNGE_LEDGER", str(folder / "ledger.sqlite"))
@@ -36,7 +36,7 @@ def evidence(tiny_world: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_every_attack_is_scored_on_every_model_or_says_why_not(evidence: tuple[Evidence, Path]) -> None:
     made, _ = evidence
-    names = [part.name for part in registry.parts("attacks")]
+    names = [part.name for part in registry.serving("attacks", "language")]
     for role in ("before", "after", "gold/0", "gold/1"):
         assert [run.attack for run in made.runs[role]] == names
     told = "\n".join(made.limits)
@@ -50,7 +50,7 @@ def test_every_attack_is_scored_on_every_model_or_says_why_not(evidence: tuple[E
 def test_the_original_is_found_out_and_what_reintroduces_is_no_part_of_it(evidence: tuple[Evidence, Path]) -> None:
     made, _ = evidence
     assert made.verdict.verdict == "not_forgotten"
-    told_again = {part.name for part in registry.parts("attacks") if part.card.group == "reintroduce"}
+    told_again = {part.name for part in registry.serving("attacks", "language") if part.card.group == "reintroduce"}
     assert told_again
     assert not told_again & set(made.verdict.by)
 

@@ -127,14 +127,14 @@ class Answers(LanguageModel):
 
     def __init__(self, folder, answer, name="made up"):
         super().__init__(*tiny("llama"), name=name)
-        self.asked = {question.prompt: question for question in read(folder, "Static*.json")}
+        self.questions = {question.prompt: question for question in read(folder, "Static*.json")}
         self.answer, self.fingerprint = answer, name
 
     def generate(self, prompts, *, samples=1, **options):
         texts = []
         for _, text in prompts:
-            prompt = next(p for p in self.asked if text.endswith(p))
-            texts.append([self.answer(self.asked[prompt], text != prompt)] * samples)
+            prompt = next(p for p in self.questions if text.endswith(p))
+            texts.append([self.answer(self.questions[prompt], text != prompt)] * samples)
         return Generations([k for k, _ in prompts], [t for _, t in prompts], texts, [[True]] * len(prompts))
 
 

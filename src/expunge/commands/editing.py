@@ -121,9 +121,10 @@ def edit_audit(
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...", show_default=False)] = None,
     json: Json = False,
 ) -> None:
-    """Find out from two checkpoints whether one was edited, where, about whom, and what it says now.
+    """Find out whether a checkpoint was edited.
 
-    Tells localised edits from training and from rounding. Facts told in prompts change no weight.
+    Where, about whom, and what it says now: localised edits are told from training and from rounding. Facts told in
+    prompts change no weight.
     """
     from ..edit_audit import edit_audit as carry_out
 
