@@ -29,7 +29,8 @@ def test_edits_are_everybodys_first_fact_before_anybodys_second_with_other_answe
         assert len(edit.locality["subject"]) == 3 - len(others)  # what is edited itself need not stay
         assert all(name in probe.prompt for probe in edit.locality["subject"])
         assert not any(other in probe.prompt for probe in edit.locality["neighbours"] for other in edited)
-    assert case.edits(3) == edits[:3]
+    # What must stay depends on how many are edited; the edits themselves do not.
+    assert [edit.id for edit in case.edits(3)] == [edit.id for edit in edits[:3]]
     assert not {edit.subject for edit in case.others()} & edited
 
 
