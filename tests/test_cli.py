@@ -114,7 +114,10 @@ def test_schema_is_json(capsys) -> None:
         (["lst"], r"error E010: No such command 'lst'\. Did you mean 'list'\? See `expunge --help`\."),
         (["ledger"], r"error E010: Missing command\. See `expunge ledger --help`\."),
         (["card"], r"error E010: Missing argument 'name'\. See `expunge card --help`\."),
-        (["card", "npoo"], r"error E310: nothing in the catalogue is called 'npoo'\. Did you mean npo or simnpo or dpo\?"),
+        (
+            ["card", "npoo"],
+            r"error E310: nothing in the catalogue is called 'npoo'\. Did you mean npo or simnpo or dpo\?",
+        ),
         (["list", "method"], r"error E310: there is no room 'method'\. Did you mean methods or metrics\?"),
         (["list", "methods", "--plugin", "absent.py"], r"error E310: plug-in file absent\.py does not exist"),
         (["run", "absent.yaml"], r"error E100: .*absent\.yaml.*"),
