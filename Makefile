@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
-# One thread per worker: two workers on two cores are faster than four threads that wait for one another.
-ONE    := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Tests ask no hub. One thread per worker: two workers on two cores are faster than four threads that wait for one another.
+ONE    := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: setup demo test slow lint format docs docs-check bench check clean
 

@@ -367,12 +367,20 @@ def named(asked: list[Named] | None) -> list[tuple[str, dict[str, Any]]] | None:
     return found
 
 
+TEXTS = (".jsonl", ".json", ".csv", ".txt")
+"""Files that hold no pictures."""
+
+
 def _reader(request: Request) -> Callable[[Source, str], list[Any]]:
     """What reads the rows of the model's kind."""
     from .pictures import read_pictures
 
     readers: dict[str, Callable[[Source, str], list[Any]]] = {"language": read_rows, "image": read_pictures}
-    kind = request.subject or kind_of(request.model)
+    sources = [source for name in SETS if (source := getattr(request.data, name)) is not None]
+    files = [Path(source if isinstance(source, str) else source.path) for source in sources]
+    texts = all(file.suffix in TEXTS for file in files)
+    # A name on the hub is looked up only where its rows could be pictures.
+    kind = request.subject or ("language" if texts and not Path(request.model).exists() else kind_of(request.model))
     card = registry.get("subjects", kind).card
     assert isinstance(card, SubjectCard)
     return readers[card.modality[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,22 @@ def open_subject(
 def kind_of(source: str | Path) -> str:
     """`image` where the configuration names an image classifier of transformers, else `language`, whose loader has a
     sentence for whatever else is wrong."""
-    from transformers import PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as NAMES
 
     known = {name for names in NAMES.values() for name in ([names] if isinstance(names, str) else names)}
+    found = _architectures(source) if Path(source).exists() else _on_the_hub(str(source))
+    return "image" if set(found) & known else "language"
+
+
+def _architectures(source: str | Path) -> tuple[str, ...]:
+    from transformers import PretrainedConfig
+
     try:
         config, _ = PretrainedConfig.get_config_dict(source)
     except Exception:
-        return "language"
-    return "image" if set(config.get("architectures") or ()) & known else "language"
+        return ()
+    return tuple(config.get("architectures") or ())
+
+
+_on_the_hub = cache(_architectures)
+"""Asked once: where nothing answers, the hub's library waits and tries again, several times."""
