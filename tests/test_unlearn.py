@@ -13,7 +13,7 @@ from expunge.rows import Row
 from expunge.subjects.anatomy import structure
 from expunge.subjects.language import LanguageModel, weights_fingerprint
 
-METHODS = sorted(part.name for part in registry.parts("methods") if part.card.kind == "optimise")
+METHODS = sorted(part.name for part in registry.serving("methods", "language") if part.card.kind == "optimise")
 
 
 def rows(kind, count):
