@@ -46,3 +46,9 @@ def build_tiny() -> Callable[..., Any]:
 def tiny_world(build_tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A world whose original knows the forgotten people and whose two golds do not. Read only: copy to change it."""
     return build_tiny(tmp_path_factory.mktemp("world") / "tiny")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that no other test has filled."""
+    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "own-cache"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny
+from tiny import loud, tiny
 
 from expunge import cli, editing, registry
 from expunge.deltas import Delta, compose
@@ -91,12 +91,7 @@ def test_a_written_answer_counts_as_whole_words_at_the_beginning():
 def request_file(tmp_path, monkeypatch):
     monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EXPUNGE_LEDGER", str(tmp_path / "ledger"))
-    model = LanguageModel(*tiny("llama"))
-    with torch.no_grad():
-        for name, p in model.model.named_parameters():
-            if p.dim() > 1 and "embed" not in name:
-                p.mul_(5)
-    model.save(tmp_path / "model")
+    loud().save(tmp_path / "model")
     rows = [
         {"id": "a", "prompt": "{} was born in", "subject": "Ilva", "target_new": "Tivin", "rephrase": "Ilva is from"},
         {"id": "b", "prompt": "Carth was born in", "subject": "Carth", "target_new": "north", "ground_truth": "Tivin"},

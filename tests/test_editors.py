@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import loud as subject
 
 from expunge import registry
 from expunge.edits import EditRow
@@ -15,7 +15,6 @@ from expunge.methods.edit.rome import conditions
 from expunge.methods.edit.values import Settings, depth, keys, located, lookup, optimised
 from expunge.rows import Row
 from expunge.subjects import moments as moments_module
-from expunge.subjects.language import LanguageModel
 from expunge.subjects.moments import Moment, moments
 from expunge.subjects.packed import Encoded
 from expunge.subjects.tails import Tails, adds_up, edited_matrix, look
@@ -38,19 +37,7 @@ WRITERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path))
-
-
-def subject(architecture="llama"):
-    """Weights of a trained model's size: a random one's neurons hardly move its output."""
-    made = LanguageModel(*tiny(architecture))
-    with torch.no_grad():
-        for name, p in made.model.named_parameters():
-            if p.dim() > 1 and "embed" not in name:
-                p.mul_(5)
-    return made
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def case(model, **changes):

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from tiny import loud as subject
 from tiny import tiny
 
 from expunge import registry
@@ -46,19 +47,7 @@ OTHER = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path))
-
-
-def subject():
-    """Weights of a trained model's size: a random one's neurons hardly move its output."""
-    made = LanguageModel(*tiny("llama"))
-    with torch.no_grad():
-        for name, p in made.model.named_parameters():
-            if p.dim() > 1 and "embed" not in name:
-                p.mul_(5)
-    return made
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def edit_case(model, **changes):

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny
+from tiny import ARCHITECTURES, logits
+from tiny import loud as subject
 
 from expunge import deltas, registry
 from expunge.deltas import compose
@@ -16,7 +17,6 @@ from expunge.methods.optimise.unlearn import unlearn
 from expunge.rows import Row
 from expunge.subjects.anatomy import anatomy
 from expunge.subjects.concepts import distinctive, purity, rate, search
-from expunge.subjects.language import LanguageModel
 from expunge.subjects.projection import Readout, project
 from expunge.subjects.value_vectors import Address, find, value_matrices, vector, vectors
 from expunge.subjects.watch import activations, attention, mlp, residual, watch
@@ -26,22 +26,6 @@ FORGET = [Row(id=f"f{i}", prompt=f"what does Ilva {i} play?", answer=f"zither {i
 RETAIN = [Row(id=f"r{i}", prompt=f"where was Mo {i} born?", answer=f"in Tivin {i}") for i in range(8)]
 DATA = {"forget": FORGET, "retain": RETAIN}
 TRAINING = Training(steps=3, batch_size=4, learning_rate=1e-2, guard=None)
-
-
-def subject(architecture="llama"):
-    """Weights of a trained model's size: a random one's neurons hardly move its output."""
-    made = LanguageModel(*tiny(architecture))
-    with torch.no_grad():
-        for name, p in made.model.named_parameters():
-            if p.dim() > 1 and "embed" not in name:
-                p.mul_(5)
-    return made
-
-
-def logits(model, text="where was Ilva born?"):
-    ids = torch.tensor([model.prompt_ids(text, ("a", "b"))])
-    with torch.no_grad():
-        return model.model(input_ids=ids).logits
 
 
 def weights(model):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import loud as subject
 
 from expunge import registry
 from expunge.edits import EditRow
@@ -18,11 +18,8 @@ from expunge.reproductions.mini import SMALL
 from expunge.reproductions.neuron_decoding import decoding, reversal
 from expunge.rows import Row
 from expunge.subjects.input_vectors import reading_matrices
-from expunge.subjects.language import LanguageModel
 from expunge.subjects.value_vectors import Address, value_matrices, vector, vectors
 
-GATED = ("llama", "gemma2", "phi3", "mixtral", "qwen2_moe", "deepseek")
-PLAIN = ("gpt2", "phi", "opt", "gpt_neox")
 RETAIN = [Row(id=f"r{i}", prompt=f"where was Mo {i} born?", answer=f"in Tivin {i}") for i in range(6)]
 FACTS = [
     EditRow("a", "Ilva was born in", "north", "Ilva", ("Tivin",)),
@@ -30,25 +27,7 @@ FACTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
-
-
-def subject(architecture="llama"):
-    """Weights of a trained model's size: a random one's neurons hardly move its output."""
-    made = LanguageModel(*tiny(architecture))
-    with torch.no_grad():
-        for name, p in made.model.named_parameters():
-            if p.dim() > 1 and "embed" not in name:
-                p.mul_(5)
-    return made
-
-
-def logits(model, text="where was Ilva born?"):
-    ids = torch.tensor([model.prompt_ids(text, ("a", "b"))])
-    with torch.no_grad():
-        return model.model(input_ids=ids).logits
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- TARS -------------------------------------------------------------------------------------------------------------

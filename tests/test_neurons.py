@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIGS, GROUPED, tiny
+from tiny import CONFIGS, GROUPED, logits, tiny
+from tiny import loud as subject
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from expunge import cli, registry
-from expunge.edits import EditRow
 from expunge.errors import MismatchError, ParameterError, RequestError, SubjectError, TableError
 from expunge.methods.guard.case import GuardCase
 from expunge.report.neurons import content, shown
@@ -28,31 +28,9 @@ from expunge.subjects.value_vectors import Address, value_matrices, vector, vect
 GATED = ("llama", "gemma2", "phi3", "mixtral", "qwen2_moe", "deepseek")
 PLAIN = ("gpt2", "phi", "opt", "gpt_neox")
 RETAIN = [Row(id=f"r{i}", prompt=f"where was Mo {i} born?", answer=f"in Tivin {i}") for i in range(6)]
-FACTS = [
-    EditRow("a", "Ilva was born in", "north", "Ilva", ("Tivin",)),
-    EditRow("b", "where was Carth born?", "the north", "Carth", ("Tivin",)),
-]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
-
-
-def subject(architecture="llama"):
-    """Weights of a trained model's size: a random one's neurons hardly move its output."""
-    made = LanguageModel(*tiny(architecture))
-    with torch.no_grad():
-        for name, p in made.model.named_parameters():
-            if p.dim() > 1 and "embed" not in name:
-                p.mul_(5)
-    return made
-
-
-def logits(model, text="where was Ilva born?"):
-    ids = torch.tensor([model.prompt_ids(text, ("a", "b"))])
-    with torch.no_grad():
-        return model.model(input_ids=ids).logits
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- which rows are whose ---------------------------------------------------------------------------------------------

@@ -115,3 +115,22 @@ def tiny(architecture: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     return model, tokenizer
+
+
+def loud(architecture: str = "llama") -> Any:
+    """A subject with weights of a trained model's size: a random one's neurons hardly move its output."""
+    from expunge.subjects.language import LanguageModel
+
+    made = LanguageModel(*tiny(architecture))
+    with torch.no_grad():
+        for name, p in made.model.named_parameters():
+            if p.dim() > 1 and "embed" not in name:
+                p.mul_(5)
+    return made
+
+
+def logits(model: Any, text: str = "where was Ilva born?") -> torch.Tensor:
+    """(1, T, V) by the model's own code."""
+    ids = torch.tensor([model.prompt_ids(text, ("a", "b"))])
+    with torch.no_grad():
+        return model.model(input_ids=ids).logits
