@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ from ..methods.optimise.loop import fit
 from ..registry import reproduction
 from ..rows import Row as Lesson
 from ..subjects.language import LanguageModel
-from ..world.build import kept
 from ..world.corpus import training, wordings
 from ..world.facts import World, make
-from ..world.models import teach
 from .case import Case, Claim, Findings, Row, spread
 from .evoke import RECIPE as SHALLOW
-from .evoke import short, untrained
+from .evoke import short, taught
 from .models import lessons as rows_of
 
 PEOPLE = {"people": 26, "forget": 8, "neighbours": 4, "holdout": 6}
@@ -59,15 +57,7 @@ def subject(seed: int) -> tuple[World, LanguageModel]:
     People have one name, and the first block sees one token at a time, so that facts are looked up at the subject.
     """
     world = short(make(seed, **PEOPLE))
-    rows = lessons(world)
-
-    def train(folder: Path) -> None:
-        made = untrained(rows, seed)
-        teach(made, rows, RECIPE, seed)
-        made.save(folder / "model")
-
-    content = [[[row.kind, row.prompt, row.answer] for row in rows], asdict(RECIPE), seed]
-    return world, LanguageModel.load(kept("editing-attack", content, train) / "model", device="cpu")
+    return world, taught("editing-attack", lessons(world), RECIPE, seed)
 
 
 def lessons(world: World) -> list[Lesson]:

@@ -60,15 +60,19 @@ MEASURES = {
 def subject(seed: int) -> tuple[World, LanguageModel]:
     """A world whose people have one name each, and a model that knows its known people and uses what it is told."""
     world = short(make(seed, **PEOPLE))
-    rows = lessons(world)
+    return world, taught("evoke", lessons(world), RECIPE, seed)
+
+
+def taught(name: str, rows: Sequence[Lesson], recipe: Recipe, seed: int) -> LanguageModel:
+    """`untrained` when it has learnt these rows; trained once, then found in the cache under the name."""
 
     def train(folder: Path) -> None:
         made = untrained(rows, seed)
-        teach(made, rows, RECIPE, seed)
+        teach(made, rows, recipe, seed)
         made.save(folder / "model")
 
-    content = [[[row.kind, row.preface, row.prompt, row.answer] for row in rows], asdict(RECIPE), seed]
-    return world, LanguageModel.load(kept("evoke", content, train) / "model", device="cpu")
+    content = [[[row.kind, row.preface, row.prompt, row.answer] for row in rows], asdict(recipe), seed]
+    return LanguageModel.load(kept(name, content, train) / "model", device="cpu")
 
 
 def short(world: World) -> World:

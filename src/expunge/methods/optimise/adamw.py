@@ -70,7 +70,8 @@ class AdamW:
     ) -> None:
         weights = local(parameter)
         gradient = local(parameter.grad)  # type: ignore[arg-type]
-        flat = [t.contiguous().view(-1) for t in (gradient, master.detach(), state["exp_avg"], state["exp_avg_sq"])]
+        # Views, never copies: what is moved must be the master's and the state's own memory.
+        flat = [gradient.reshape(-1), *(t.view(-1) for t in (master.detach(), state["exp_avg"], state["exp_avg_sq"]))]
         narrow = weights.detach().view(-1) if weights.is_contiguous() else None
         size = BLOCK if master.device.type == "cpu" else max(1, len(flat[0]))
         step = state["step"]
