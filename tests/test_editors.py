@@ -34,6 +34,7 @@ WRITERS = {
     "ft_l": {"layer": 1, "steps": 3},
     "ft_m": {"layer": 1, "steps": 3},
     "lora_edit": {"steps": 3},
+    "ultraedit": {"layers": (1, 2), "learning_rate": 1e-2},
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .errors import DeltaError, MismatchError
 from .files import complete_folder, save_tensors
 from .subjects.language import LanguageModel
-from .subjects.memory import CODEBOOK, SIDE, attach, joined
+from .subjects.memory import CODEBOOK, OFFSET, SIDE, attach, joined
 from .subjects.quantised import dense_weight, is_quantised
 
 FORMAT = 1
@@ -35,8 +35,9 @@ FORMS = {
     "sparse": {"index", "value"},
     "codebook": CODEBOOK,
     "side": SIDE,
+    "offset": OFFSET,
 }
-MEMORIES = ("codebook", "side")
+MEMORIES = ("codebook", "side", "offset")
 NO_WEIGHTS = ("scale", "index", "slice", "labels", "reach", "edit", "shard", "least", "ratio", "density")
 """Tensors of an entry that say where or how much, and are not counted as parameters."""
 
@@ -58,7 +59,7 @@ class Delta:
 
     @property
     def kind(self) -> str:
-        """dense, slice, low_rank, sparse, codebook, side, mixed, guard or empty."""
+        """dense, slice, low_rank, sparse, codebook, side, offset, mixed, guard or empty."""
         if self.config is not None:
             return "guard"
         forms = {_form(name, entry) for name, entry in self.entries.items()}

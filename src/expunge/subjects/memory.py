@@ -3,6 +3,7 @@
 codebook   keys (n, f) and values (n, d): a token whose activation k lies within the radius of its nearest key gets that
            key's value in place of W k (GRACE, arXiv:2211.11031)
 side       a second matrix W': a token with |W' k - W k| above a threshold gets W' k (WISE, arXiv:2405.14768)
+offset     vectors (n, d) that every token gets on top (steering, arXiv:2312.06681)
 
 Which tokens are meant follows from their activations alone, so that packed, cached and padded passes agree. An entry of
 a delta holds what every edit brought, in order; radii, masks and thresholds are worked out when it is put on a model.
@@ -26,6 +27,8 @@ CODEBOOK = {"keys", "values", "labels", "reach"}
 SIDE = {"index", "value", "edit", "shard", "least", "ratio", "density"}
 """index (m,) places of W and value (m,) what W' has more there; edit (m,) whose they are; of each edit (n,): shard;
 least, the smallest |W' k - W k| among its own tokens; ratio and density, of the router and of merging."""
+OFFSET = {"offset"}
+"""offset (n, d): what every edit adds."""
 NAME = "memory"
 
 
@@ -42,7 +45,7 @@ def attach(model: nn.Module, parameter: str, entry: Mapping[str, Tensor]) -> Non
         if set(present.entry) != set(entry):
             raise SubjectError(f"{parameter} has a memory of another kind already; undo it first")
         entry = joined([present.entry, entry])
-    kind = Codebook if set(entry) == CODEBOOK else Side
+    kind = next(kind for names, kind in KINDS if set(entry) == names)
     rows, columns = weight.shape[::-1] if transposed(owner) else weight.shape
     made = kind({name: tensor.to(weight.device) for name, tensor in entry.items()}, rows, columns)
     if present is None:
@@ -50,20 +53,20 @@ def attach(model: nn.Module, parameter: str, entry: Mapping[str, Tensor]) -> Non
     owner.add_module(NAME, made)
 
 
-def of(model: nn.Module, parameter: str) -> Codebook | Side | None:
+def of(model: nn.Module, parameter: str) -> Codebook | Side | Offset | None:
     """The memory at a parameter, if there is one."""
     return getattr(model.get_submodule(parameter.rpartition(".")[0]), NAME, None)
 
 
 def remembers(model: nn.Module) -> str:
     """The first module with a memory; "" without any."""
-    return next((name for name, module in model.named_modules() if isinstance(module, Codebook | Side)), "")
+    return next((name for name, module in model.named_modules() if isinstance(module, _Memory)), "")
 
 
 def joined(entries: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One entry for several that were made in this order."""
     first = entries[0]
-    if set(first) == CODEBOOK:
+    if set(first) != SIDE:
         return {name: torch.cat([entry[name] for entry in entries]) for name in first}
     counts = [len(entry["least"]) for entry in entries]
     edit = torch.cat([entry["edit"] + sum(counts[:i]) for i, entry in enumerate(entries)])
@@ -174,3 +177,19 @@ def ties(parts: Tensor, density: float) -> Tensor:
     stacked = torch.stack(trimmed)
     agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+class Offset(_Memory):
+    """What every token gets more."""
+
+    def __init__(self, entry: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        super().__init__(entry)
+        if entry["offset"].shape[1:] != (rows,):
+            raise SubjectError(f"offsets {tuple(entry['offset'].shape)} do not fit a matrix ({rows}, {columns})")
+        self.register_buffer("shift", entry["offset"].sum(0), persistent=False)
+
+    def forward(self, _: Tensor, output: Tensor) -> Tensor:
+        return output + self.get_buffer("shift").to(output.dtype)
+
+
+KINDS = ((CODEBOOK, Codebook), (SIDE, Side), (OFFSET, Offset))

@@ -40,7 +40,7 @@ class Step:
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     keys: Mapping[int, Tensor] = field(default_factory=dict)
-    """By layer the keys (n, f) that later edits are to spare, of methods that do."""
+    """By layer what later edits are to know of these: keys (n, f) to be spared, or statistics."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Edited:
 
     @property
     def keys(self) -> dict[int, list[Tensor]]:
-        """By layer the keys that later edits are to spare, step by step."""
+        """By layer what later edits are to know, step by step."""
         found: dict[int, list[Tensor]] = {}
         for step in self.steps:
             for layer, keys in step.keys.items():
