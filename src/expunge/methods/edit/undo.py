@@ -55,8 +55,8 @@ def undo(
     summary = _distil(case, teacher, student, names, rows, epochs, learning_rate)
     if alpha:
         case.warnings.append(
-            f"undo: what the {summary.get('rows', 0)} rows that it distilled on do not show fades with alpha = {alpha:g}; "
-            "rows of a request are no pretraining corpus: measure general ability too (request.data.general)"
+            f"undo: what the {summary.get('rows', 0)} rows that it distilled on do not show fades with "
+            f"alpha = {alpha:g}; rows of a request are no corpus: measure general ability too (request.data.general)"
         )
     case.summary["undo"] = {"alpha": alpha, "beta": beta, **summary}
     return Delta.from_models(case.subject, student)
