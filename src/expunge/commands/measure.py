@@ -165,7 +165,7 @@ def reproduce(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="as many as cores")] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Also write NAME.md and NAME.json here, e.g. docs/reproductions.")
+        Path | None, typer.Option(help="Also write NAME.md, its figures and NAME.json here, e.g. docs/reproductions.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 3 unless every claim holds.")] = False,
     plugin: Plugins = None,
