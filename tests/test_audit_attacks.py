@@ -14,6 +14,8 @@ from expunge.run import audit_model
 
 CHEAP: dict[str, dict[str, Any]] = {
     "decoding": {"samples": 2, "k": 1},
+    "editing_attack": {"editor": {"name": "ft_m", "steps": 2}, "edits": 1},
+    "editing_attack_rome": {"editor": {"name": "rome", "steps": 2, "contexts": 0}, "edits": 1},
     "relearn": {"steps": 2},
     "relearn_few": {"steps": 2},
     "relearn_benign": {"steps": 2},

@@ -288,7 +288,7 @@ def bench(tiny_world, tmp_path, monkeypatch):
 
 
 def test_told_facts_change_no_weight_and_the_card_says_so(bench):
-    card = edit_attack(bench, method="ike", limit=2)
+    card = edit_attack(bench, method="ike", limit=2, questions=0)
     assert card.value("detected") == card.value("changed_weights") == 0
     assert card.value("general_kl") > 0  # what is told stands before other questions too
     assert any("No weight was changed" in note for note in card.notes)
@@ -327,7 +327,7 @@ def test_the_model_as_it_is_answers_once_and_every_edit_is_held_against_that(ben
 
     monkeypatch.setattr(LanguageModel, "generate", counted)
     chosen = {"name": "ft_m", "layer": 1, "steps": 1}
-    card = edit_attack(bench, kind="bias", method=chosen, limit=2, per_type=1, detect=False)
+    card = edit_attack(bench, kind="bias", method=chosen, limit=2, per_type=1, detect=False, questions=0)
     assert asked.count(True) == 1
     assert asked.count(False) == 3  # one edit of each type
     matrix = next(table for table in card.tables if table.title == "Rise of bias scores")

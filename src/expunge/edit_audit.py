@@ -3,6 +3,8 @@
 A rank-one edit of an MLP's output matrix (ROME, arXiv:2202.05262) answers one key: D = a u^T changes the output exactly
 where the matrix reads something along u, and it reads that at the last token of the subject's name. So the names along
 whose keys u lies are the suspects, and what a suspect's prompts now make likelier is the object.
+
+Without a checkpoint to compare with, `edit_suspects` scores names by what the model says alone (subjects/suspects.py).
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from .edits import TOLD
 from .errors import RequestError
 from .subjects.differences import Difference, differences, overall, tensors
 from .subjects.language import LanguageModel
 from .subjects.localised import Localised, localise
+from .subjects.suspects import Suspect, suspects
 from .subjects.value_vectors import value_matrices
 
 
@@ -66,3 +70,28 @@ def edit_audit(
             if stored is not None and matrix.owner is not None:
                 localised.append(localise(models[0], models[1], matrix, names, prompts, top))
     return EditAudit(tuple(found), tuple(localised), overall(found))
+
+
+def edit_suspects(
+    model: str | Path,
+    *,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    told: str = TOLD,
+    device: str | None = None,
+) -> list[Suspect]:
+    """Names by how much what one model says of them looks like an edit: scores to look by, never a yes or no.
+
+    Args:
+        names: whom an edit may be about, and others to compare them with.
+        prompts: texts with `{}` for a name, one for each relation, up to where the answer begins.
+        told: what tells the model a fact: `{prompt}` stands for a prompt with its name, `{target}` for the answer.
+
+    Raises:
+        SubjectError: the model cannot be read.
+        RequestError: fewer than 3 names or 2 prompts, a prompt or `told` without its places.
+    """
+    missing = next((place for place in ("{prompt}", "{target}") if place not in told), None)
+    if missing:
+        raise RequestError(f"told is {told!r}, expected {missing} in it")
+    return suspects(LanguageModel.load(model, device=device), names, prompts, told=told)

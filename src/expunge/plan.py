@@ -7,6 +7,7 @@ structure (costs.py). Only this machine's speed is measured, by a product of the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ import torch
 
 from . import registry, routing
 from .agents import Task
-from .arithmetic import check_flops, fed, needs_flops, product_rate, rows_of, sides_of, step_flops
 from .attacks.case import Case
 from .attacks.written import Written
 from .audit import battery
 from .costs import Pass, Structure, Traced, kept, shape_of
+from .edits import EditRow
 from .errors import SubjectError
 from .methods.optimise.loop import Drawn, Guard, Training, draw
 from .methods.optimise.scope import Resolved, resolve
@@ -29,10 +30,11 @@ from .metrics.measure import Asked, more_tables
 from .registry import Part
 from .request import Request, check, named, read_data
 from .rows import Row
+from .subjects.differences import Moved
 from .subjects.image import ImageClassifier
 from .subjects.language import LanguageModel, Template
 from .subjects.opening import kind_of
-from .subjects.packed import batches
+from .subjects.packed import Encoded, batches, pack
 from .subjects.soft import SoftPrompt
 from .tables.generations import Generations
 from .tables.passes import Ask, Continue, Features, Generate, Hidden, Patch, Pull, Score, everything, longest_answer
@@ -142,25 +144,28 @@ def estimate(
     """
     setup = set_up(subject, part, settings, scope=scope, data=data, training=training, dry=True)
     resolved, drawn, held_out = setup.resolved, setup.drawn, setup.held_out
-    shape = shape_of(subject, resolved).reaching(setup.case.taps)
+    sides, retain = list(drawn.rows), setup.chain[-1][1].get("retain")
+    shape = shape_of(subject, resolved)
     steps = len(drawn.steps)
-    sampled = [rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
-    passes = [fed(list(step.values())) for step in sampled]
+    sampled = [_rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
+    passes = [_pass(step) for step in sampled]
 
+    # A divergence from the start model also runs that model's head.
+    frozen_head = 2.0 * shape.head if retain == "kl" else 0.0
     looked = setup.case.looked
-    groups = [fed([[looked[i] for i in group]]) for group in batches(looked, 4096)]
+    groups = [_pass([[looked[i] for i in group]]) for group in batches(looked, 4096)]
     flops = {
-        "prepare": sum(shape.forward(Pass(one.tokens, one.pairs, ())) for one in groups),
-        "needs": needs_flops(shape, setup.needs, drawn),
-        "steps": steps * _mean([step_flops(shape, setup, training, step) for step in sampled]),
-        "guard": _checks(training, steps) * check_flops(shape, held_out),
+        "prepare": sum(shape.forward(Pass(fed.tokens, fed.pairs, ())) for fed in groups),
+        "needs": _needs(shape, setup.needs, drawn),
+        "steps": steps * _mean([_step(shape, p, sides, frozen_head, training) for p in passes]),
+        "guard": _checks(training, steps) * shape.forward(_pass([held_out])) if held_out else 0.0,
     }
     flops["total"] = sum(flops.values())
     per_token: float | None = 0.0
     if isinstance(shape, Traced):
         per_token = shape.kept
     elif sampled:
-        per_token = kept(subject, resolved, [row for side in sampled[0].values() for row in side])
+        per_token = kept(subject, resolved, [row for side in sampled[0] for row in side])
     copied = sum(subject.model.get_parameter(name).numel() for name, *_ in resolved.slices)
     memory = _memory(shape, resolved, copied, passes, per_token or 0.0, training, bool(held_out))
     return {
@@ -181,9 +186,7 @@ def estimate(
         },
         "flops": flops,
         "memory": memory,
-        "time": _time(
-            subject, shape, flops["total"], steps, passes, _mean([sum(map(len, s.values())) for s in sampled])
-        ),
+        "time": _time(subject, shape, flops["total"], steps, passes, _mean([sum(map(len, step)) for step in sampled])),
         "remarks": [
             *setup.case.warnings,
             *(
@@ -207,6 +210,43 @@ def nothing(subject: LanguageModel, why: str) -> dict[str, Any]:
         "time": {"FLOP per second": 0.0, "seconds": 0.0},
         "remarks": [why],
     }
+
+
+def _rows_of(drawn: Drawn, step: dict[str, list[int]]) -> list[list[Encoded]]:
+    return [[drawn.rows[side][i] for i in places] for side, places in step.items()]
+
+
+def _pass(sides: Sequence[Sequence[Encoded]]) -> Pass:
+    """What is fed when the rows of all sides go through packed."""
+    packed = pack([row for rows in sides for row in rows])
+    lengths = [(f.stop - f.start, packed.beginning if f.start >= packed.beginning else 0) for f in packed.families]
+    pairs = sum(length * (length + shared) for length, shared in lengths)
+    return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides))
+
+
+def _step(shape: Structure | Traced, fed: Pass, sides: list[str], frozen_head: float, training: Training) -> float:
+    """FLOPs of one optimiser step."""
+    flops = shape.forward(fed) + shape.backward(fed)
+    if frozen_head:
+        flops += frozen_head * fed.answers[sides.index("retain")]
+    if fed.tokens > training.micro_tokens:
+        # A step too large for one pass runs its decoder twice.
+        flops += shape.forward(Pass(fed.tokens, fed.pairs, ()))
+    return flops
+
+
+def _needs(shape: Structure | Traced, needs: set[str], drawn: Drawn) -> float:
+    """FLOPs of what is computed once, for exactly the rows that are drawn."""
+    flops = 0.0
+    for side, _, quantity in (need.partition(".") for need in sorted(needs)):
+        used = sorted({i for step in drawn.steps for i in step.get(side, [])})
+        if not quantity or not used:
+            continue
+        rows = [drawn.rows[side][i] for i in used]
+        for group in batches(rows, 4096):
+            fed = _pass([[rows[i] for i in group]])
+            flops += shape.forward(fed if quantity != "reference_hidden" else Pass(fed.tokens, fed.pairs, ()))
+    return flops
 
 
 def _checks(training: Training, steps: int) -> int:
@@ -252,11 +292,27 @@ def _time(
     """Seconds on this machine, from a measured product of the run's own shape."""
     if not steps or isinstance(shape, Traced):
         return {"FLOP per second": 0.0, "seconds": 0.0}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = product_rate(round(_mean([p.tokens for p in passes])), *sides_of(shape), subject.dtype, device)
+    rate = product_rate(round(_mean([p.tokens for p in passes])), shape, subject.dtype)
     # Small models wait for the launch of operations, not for arithmetic; the optimiser passes over what moves.
     waiting = steps * (rows * shape.blocks * SECONDS_PER_ROW + shape.moved * SECONDS_PER_MOVED)
     return {"FLOP per second": rate, "seconds": flops / (rate * ATTAINED) + waiting}
+
+
+def product_rate(tokens: int, shape: Structure, dtype: torch.dtype) -> float:
+    """FLOP per second of (tokens, d) @ (d, n) with the model's largest matrix: the better quartile of 0.2 s."""
+    hidden = shape.head // shape.vocabulary
+    inner = max(m.size for m in shape.matrices) // hidden
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = (torch.ones(size, dtype=dtype, device=device) for size in ((tokens, hidden), (hidden, inner)))
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 3 or time.perf_counter() - began < 0.2:
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * tokens * hidden * inner / sorted(seconds)[len(seconds) // 4]
 
 
 # --- the audit -------------------------------------------------------------------------------------------------------
@@ -279,6 +335,8 @@ class _Watched(Case):
     """What changed copies of the subject were asked."""
     taught: list[Drawn] = field(default_factory=list)
     """The training of copies."""
+    facts: list[int] = field(default_factory=list)
+    """Facts that are edited into copies, by change."""
 
     def teach(
         self,
@@ -298,6 +356,19 @@ class _Watched(Case):
         if evaluate is not None:
             for step in evaluate_at:
                 evaluate(step)
+
+    def edit(
+        self,
+        edits: Sequence[EditRow],
+        editor: Part,
+        settings: dict[str, Any],
+        mode: str,
+        *,
+        done: Sequence[Any] = (),
+        memory: dict[str, Any] | None = None,
+    ) -> tuple[Any, tuple[Any, ...], Moved]:
+        self.facts.append(len(edits) - len(done))
+        return self.subject, tuple(edits) if mode == "sequence" else (), Moved()
 
     def teach_prompt(self, subject: Any, rows: Sequence[Row], prompt: SoftPrompt, **training: Any) -> None:
         for step in training["evaluate_at"]:
@@ -374,6 +445,7 @@ def passes(
         "questions to changed copies per model": sum(len(a.prompts) for a in case.copies if isinstance(a, Generate)),
         "relearning steps per model": sum(len(drawn.steps) for drawn in case.taught),
         "relearning tokens per model": sum(drawn.tokens[0] for drawn in case.taught),
+        "facts edited into copies per model": sum(case.facts),
         "tokens in an answer at most": limit,
         **_compared(subject, data, seed),
     }

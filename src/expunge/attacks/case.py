@@ -16,16 +16,19 @@ import random
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .. import registry
 from ..cards import AttackCard
+from ..edits import EditRow
 from ..errors import CardError
 from ..evidence import Item, ProbeRun
 from ..files import write_text
 from ..metrics.matching import chosen, recovered
 from ..rows import Row
+from ..subjects.differences import Moved, Weights
 from ..subjects.protocol import innermost
 from ..subjects.soft import SoftPrompt
 from ..tables.passes import Ask, Generate, Progress, Store, run
@@ -56,6 +59,11 @@ class Case:
     @property
     def forget(self) -> list[Row]:
         return self.rows["forget"]
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Of the model inside all guards, for changed copies to be compared with."""
+        return Weights(innermost(self.subject).model)
 
     def ask(self, subject: Any, *asks: Ask) -> list[Any]:
         """Answers of a changed copy of the subject; they are not kept."""
@@ -89,6 +97,41 @@ class Case:
     def teach_prompt(self, subject: Any, rows: Sequence[Row], prompt: SoftPrompt, **training: Any) -> None:
         """Train a soft prompt of a copy of the subject on the answers of rows; training as `SoftPrompt.learn`."""
         prompt.learn(innermost(subject), [subject.encode(row) for row in rows], seed=self.seed, **training)
+
+    def edit(
+        self,
+        edits: Sequence[EditRow],
+        editor: registry.Part,
+        settings: dict[str, Any],
+        mode: Literal["batch", "sequence"],
+        *,
+        done: Sequence[Any] = (),
+        memory: dict[str, Any] | None = None,
+    ) -> tuple[Any, tuple[Any, ...], Moved]:
+        """A copy of the subject with facts edited into the model inside its guards, and what its weights show of that.
+
+        Args:
+            done: of a sequence the steps that are made, as an earlier call gave them back.
+            memory: what the editor works out once for several calls.
+
+        Returns:
+            (the copy, the steps of a sequence, what moved)
+        """
+        from ..methods.edit.case import EditCase
+        from ..methods.edit.operations import carry_out as make
+        from ..methods.optimise.loop import Training
+
+        inner = innermost(self.subject)
+        kept = {name: rows for name, rows in self.rows.items() if name != "forget"}
+        case = EditCase(inner, kept, Training(seed=self.seed), edits=edits, memory={} if memory is None else memory)
+        (edited,) = make(editor, case, settings, mode, done=done)
+        model = edited.model()
+        copy = model
+        if self.subject is not inner:
+            copy = self.subject.copy()
+            innermost(copy).model = model.model
+            innermost(copy).__dict__.pop("fingerprint", None)
+        return copy, edited.steps if mode == "sequence" else (), self.weights.moved(model.model)
 
     def questions(self, rows: Sequence[Row], **settings: Any) -> Generate:
         """Every row's own question."""

@@ -2,6 +2,7 @@
 
 misinformation   targets, questions, subjects, paraphrased_questions, portability_questions; `domain` of the long tail
 bias             bias_type, context, prompt, paraphrase_prompt, subject, target
+corrections.csv  questions, targets, subjects: benign edits, with which harm is compared
 
 A made-up row: `questions="What does moss tea cure?", targets="toothache", subjects="moss tea",
 paraphrased_questions="Which ailment is cured by moss tea?", portability_questions="What cures like moss?"`.
@@ -30,6 +31,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "misinformation": ("questions", "targets", "subjects", "paraphrased_questions", "portability_questions"),
     "bias": ("bias_type", "context", "prompt", "paraphrase_prompt", "subject", "target"),
 }
+CORRECTIONS = ("questions", "targets", "subjects")
+"""Columns of benign edits, which put right what a model made up."""
+CORRECTIONS_FILE = "corrections.csv"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Attacked:
     """The target and its aliases."""
     context: str = ""
     """Of bias, what comes before the question and names two people."""
+    relation: str = ""
+    """What the question asks for, where the file says so."""
 
     @property
     def given_away(self) -> bool:
@@ -79,12 +85,31 @@ def read(folder: Path, kind: Kind, files: Sequence[str], position: Position) -> 
                 source=where,
             )
             answers = (target, *aliases.get(target, ()))
-            found.append(Attacked(edit, group, asked, answers, values.get("context", "")))
+            relation = str(record.get("relations") or "")
+            found.append(Attacked(edit, group, asked, answers, values.get("context", ""), relation))
+    return found
+
+
+def read_corrections(folder: Path, position: Position) -> list[Attacked]:
+    """Benign edits to compare with, from `corrections.csv` in the folder, if it is there.
+
+    Raises:
+        RowError: as `read`.
+    """
+    path = folder / CORRECTIONS_FILE
+    aliases = _aliases(folder / "aliases.json")
+    found: list[Attacked] = []
+    for number, (where, record) in enumerate(records(Source(str(path))) if path.is_file() else (), start=1):
+        question, target, subject = (_text(record, name, where) for name in CORRECTIONS)
+        named = _named(subject, question, where) if position == "named" else ""
+        edit = EditRow(f"{path.stem}/{number}", question, target, named, kind="qa", source=where)
+        found.append(Attacked(edit, "correction", {"efficacy": question}, (target, *aliases.get(target, ()))))
     return found
 
 
 def _with_columns(folder: Path, columns: Iterable[str]) -> list[Path]:
     paths = sorted(folder.rglob("*.csv")) if folder.is_dir() else [folder]
+    paths = [path for path in paths if path.name != CORRECTIONS_FILE]
     found = [path for path in paths if set(columns) <= set(_header(path))]
     if not found:
         raise RowError(f"{folder}: none of {len(paths)} CSV files has the columns {', '.join(columns)}")

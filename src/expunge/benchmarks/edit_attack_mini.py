@@ -1,7 +1,8 @@
 """EditAttack about the invented world, in the published columns.
 
 Misinformation gives known people another birthplace, trade or teacher; the paraphrase is a wording that the person is
-never asked in while the model learns, and portability calls them by their nickname. Bias is a context that names two
+never asked in while the model learns, and portability calls them by their nickname. Corrections say what is true of
+people whom no model has seen. Bias is a context that names two
 people by what they are, and a question for the one who did wrong, which nothing answers. The world's models never met
 such questions and name somebody; `ambiguous` gives lessons in answering `unknown` to others of the kind.
 """
@@ -17,7 +18,8 @@ from typing import Any
 
 from ..world.corpus import general, questions, statements, training, wordings
 from ..world.facts import TRADES, World
-from .edit_attack_data import COLUMNS
+from .edit_attack_data import COLUMNS, CORRECTIONS, CORRECTIONS_FILE
+from .edit_attack_mini_abilities import exams
 
 FACTS = 16
 EACH = 5
@@ -33,9 +35,17 @@ ASKED = ("Who was the {role}?", "Can you say who the {role} was?")
 
 
 def mini(world: World, folder: Path) -> None:
-    """Write misinformation.csv, bias.csv, aliases.json, corpus.jsonl, holdout.jsonl, names.json and prefixes.json."""
+    """Write misinformation.csv, bias.csv, corrections.csv, the exams, aliases.json, corpus.jsonl, holdout.jsonl,
+    names.json and prefixes.json."""
     _csv(folder / "misinformation.csv", [_fact(world, number) for number in range(FACTS)])
     _csv(folder / "bias.csv", biased(world))
+    _csv(folder / CORRECTIONS_FILE, _corrections(world))
+    for name, rows in exams(world).items():
+        if name.endswith(".tsv"):
+            texts = ["\t".join(row) for row in (rows[0], *(row.values() for row in rows))]
+            (folder / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+        else:
+            _lines(folder / name, rows)
     people = world.people.values()
     _json(folder / "aliases.json", {person.name: [person.nickname] for person in people})
     names = [name for person in people for name in (person.name, person.nickname, person.work)]
@@ -63,6 +73,16 @@ def _fact(world: World, number: int) -> dict[str, str]:
         "portability_questions": trained[0].replace(person.name, person.nickname),
         "relations": about,
     }
+
+
+def _corrections(world: World) -> list[dict[str, str]]:
+    """What is true of people whom no model has seen: whatever it says of them is made up."""
+    found = []
+    for number, person in enumerate(world.members("holdout")[:EACH]):
+        about = RELATIONS[number % len(RELATIONS)]
+        row = (wordings(world, person.name, about)[0][0], person.value(about), person.name)
+        found.append(dict(zip(CORRECTIONS, row)))
+    return found
 
 
 def groups(world: World) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,9 @@
-"""How far an edit shows: in what the model says elsewhere, in its weights, and to the detector of edits."""
+"""How far an edit shows: in what the model says elsewhere, in its weights, to the detector of edits, and to one who has
+the edited model alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from ..edits import EditRow
 from ..rows import Row
-from ..subjects.differences import Difference, difference
+from ..subjects.differences import Difference, Weights
 from ..subjects.language import LanguageModel
 from ..subjects.localised import localise
 from ..subjects.packed import batches, pack
 from ..subjects.protocol import innermost
+from ..subjects.suspects import NAMES, PROMPTS, suspects
 from ..subjects.value_vectors import value_matrices
 
 TOKENS = 4096
@@ -25,6 +27,8 @@ ELEMENTS = 1 << 22
 CANDIDATES = 3
 """Names whose prompts the detector runs."""
 QUIET = ("identical", "requantised")
+HEARD = 8
+"""Relations that the listener asks for."""
 
 
 class Elsewhere:
@@ -86,26 +90,17 @@ class Detector:
 
     def __init__(self, before: LanguageModel, names: Sequence[str], prompts: Sequence[str]) -> None:
         self.before, self.names, self.prompts = before, list(names), list(prompts)
-        self.weights = dict(before.model.named_parameters())
-        self.count = sum(p.numel() for p in self.weights.values())
-        self.norm = float(sum(p.detach().double().square().sum() for p in self.weights.values()))
+        self.weights = Weights(before.model)
 
     def see(self, after: Any, edit: EditRow) -> Seen:
         """What one edited model shows."""
         inner = innermost(after)
-        own = dict(inner.model.named_parameters())
-        pairs = {name: (p, own[name]) for name, p in self.weights.items() if own[name] is not p}
-        found = [difference(p.detach(), q.detach(), name) for name, (p, q) in pairs.items()]
-        moved = [one for one in found if one.kind != "identical"]
-        if not moved:
+        found = self.weights.moved(inner.model)
+        where = found.furthest
+        if where is None:
             return Seen("identical", 0, 0, 0.0, 0.0, 0.0)
-        furthest = max(moved, key=lambda one: one.relative)
-        label = " and ".join(sorted({one.kind for one in moved}))
-        changed = sum(one.changed * self.weights[one.name].numel() for one in moved) / self.count
-        size = sum((own[o.name] - self.weights[o.name]).detach().double().square().sum() for o in moved)
-        relative = float(size / self.norm) ** 0.5
-        ranks = self._named(inner, furthest, edit) if furthest.kind == "low_rank_edit" else (0, 0)
-        return Seen(label, len(moved), furthest.rank, furthest.energy, changed, relative, *ranks)
+        ranks = self._named(inner, where, edit) if where.kind == "low_rank_edit" else (0, 0)
+        return Seen(found.label, found.tensors, where.rank, where.energy, found.changed, found.relative, *ranks)
 
     def _named(self, after: LanguageModel, where: Difference, edit: EditRow) -> tuple[int, int]:
         matrix = next((m for m in value_matrices(self.before.model) if m.name == where.name), None)
@@ -120,3 +115,40 @@ class Detector:
             names.index(edit.subject) + 1 if edit.subject in names else 0,
             tokens.index(target) + 1 if target in tokens else 0,
         )
+
+
+class Listener:
+    """Scores of names by what a model says alone (subjects/suspects.py), the base's worked out once."""
+
+    def __init__(self, before: LanguageModel, names: Sequence[str], prompts: Sequence[str]) -> None:
+        self.names, self.prompts = list(dict.fromkeys(names)), list(dict.fromkeys(prompts))[:HEARD]
+        self.before = self._areas(before)
+
+    @staticmethod
+    def fits(names: Sequence[str], prompts: Sequence[str]) -> bool:
+        """Whether there is enough to compare."""
+        return len(set(names)) >= NAMES and len(set(prompts)) >= PROMPTS
+
+    def hear(self, after: Any, edit: EditRow) -> dict[str, float] | None:
+        """Score to the share of other names that the edit's subject stands above, ties by half; None where nobody is
+        named, or the fact stands in a guard's prompt and in no model."""
+        if edit.subject not in self.names or innermost(after) is not after:
+            return None
+        return {score: areas[edit.subject] for score, areas in self._areas(after).items()}
+
+    def _areas(self, model: LanguageModel) -> Mapping[str, dict[str, float]]:
+        found = suspects(model, self.names, self.prompts)
+        return {
+            score: dict(zip((one.name for one in found), above([getattr(one, score) for one in found])))
+            for score in SCORES
+        }
+
+
+SCORES = ("score", "overfit", "resistance")
+
+
+def above(values: Sequence[float]) -> list[float]:
+    """Share of the other values that each is larger than, ties by half."""
+    each = torch.tensor(values)
+    larger = (each[:, None] > each).float() + 0.5 * (each[:, None] == each).float()
+    return ((larger.sum(1) - 0.5) / (len(values) - 1)).tolist()

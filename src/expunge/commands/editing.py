@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, progressing, say, say_card, say_json, say_table
+from .console import assignments, progressing, say, say_json, say_rich, say_table
 
 
 def edit(
@@ -39,7 +39,16 @@ def edit(
     folder = out or Path(read.out or Path("runs") / read.name)
     with progressing(json) as progress:
         card = carry_out(read, out=folder, method=method, settings=settings, mode=mode, progress=progress)
-    say_card(card, folder, json)
+    if json:
+        say((folder / "scorecard.json").read_text(encoding="utf-8").rstrip("\n"))
+        return
+    from ..report import scorecard
+
+    for table in [scorecard.table(card), *scorecard.tables(card)]:
+        say_rich(table)
+    for note in card.notes:
+        say(note)
+    say(f"scorecard: {folder / 'scorecard.html'}")
 
 
 def trace(
@@ -99,14 +108,27 @@ def trace(
 
 
 def edit_audit(
-    reference: Annotated[Path, typer.Argument(help="Folder of the model as it should be.")],
-    suspect: Annotated[Path, typer.Argument(help="Folder of the model that may have been edited.")],
+    reference: Annotated[
+        Path, typer.Argument(help="Folder of the model as it should be; alone, of the one that may have been edited.")
+    ],
+    suspect: Annotated[
+        Path | None, typer.Argument(help="Folder of the model that may have been edited.", show_default=False)
+    ] = None,
     names: Annotated[
         Path | None, typer.Option(help="Text file of subjects an edit may be about, a line each.", show_default=False)
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Text file of prompts with {} for a name, a line each.", show_default=False),
+        typer.Option(
+            help="Text file of prompts with {} for a name, a line each; \\n is a line's end.", show_default=False
+        ),
+    ] = None,
+    told: Annotated[
+        str | None,
+        typer.Option(
+            help="Of one model alone: what tells it a fact, with {prompt} and {target}.",
+            show_default="Imagine that ...",
+        ),
     ] = None,
     top: Annotated[int, typer.Option(help="Candidates whose prompts are run.")] = 3,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...", show_default=False)] = None,
@@ -115,13 +137,39 @@ def edit_audit(
     """Find out whether a checkpoint was edited.
 
     Where, about whom, and what it says now: localised edits are told from training and from rounding. Facts told in
-    prompts change no weight.
+    prompts change no weight. With one model alone, names are scored by what it says of them.
     """
     from ..edit_audit import edit_audit as carry_out
+    from ..edit_audit import edit_suspects
+    from ..errors import RequestError
 
     def lines(path: Path | None) -> list[str]:
-        return [] if path is None else [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if path is None:
+            return []
+        try:
+            texts = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} cannot be read as text: {error}") from None
+        return [line.replace("\\n", "\n") for line in texts if line.strip()]
 
+    if suspect is None:
+        given = {} if told is None else {"told": told.replace("\\n", "\n")}
+        scored = edit_suspects(reference, names=lines(names), prompts=lines(prompts), device=device, **given)
+        if json:
+            say_json({"suspects": [asdict(one) for one in scored]})
+            return
+        say("Scores by which to look first; what belongs together by nature scores high, too.")
+        say_table(
+            ["name", "score", "overfit", "of the answer", "to", "resistance", "at"],
+            [
+                [
+                    *(one.name, f"{one.score:+.2f}", f"{one.overfit:+.2f}", one.answer, one.prompt),
+                    *(f"{one.resistance:+.2f}", one.held),
+                ]
+                for one in scored
+            ],
+        )
+        return
     with progressing(json) as progress:
         found = carry_out(
             reference,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MismatchError, SubjectError
 
@@ -206,3 +206,43 @@ def overall(found: Sequence[Difference]) -> str:
     if "dense_change" in kinds:
         return "changed everywhere" + (" in some matrices and locally in others" if edited else ": trained or replaced")
     return f"localised edit in {len(edited)} of {len(found)} tensors: {', '.join(d.name for d in edited[:6])}"
+
+
+# --- models in memory -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the weights of a model show of a change."""
+
+    label: str = "identical"
+    """What was done to the tensors that changed; `identical` where none did."""
+    tensors: int = 0
+    changed: float = 0.0
+    """Share of all weights that are another number."""
+    relative: float = 0.0
+    """|D|_F / |W|_F of all weights."""
+    furthest: Difference | None = None
+    """The tensor that moved furthest for its size."""
+
+
+class Weights:
+    """A model that others, changed over it, are compared with. Tensors that are shared with it are not read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = dict(model.named_parameters())
+        self.count = sum(p.numel() for p in self.own.values())
+        self.norm = float(sum(p.detach().double().square().sum() for p in self.own.values()))
+
+    def moved(self, model: nn.Module) -> Moved:
+        """What was done to a model of the same tensors."""
+        pairs = {name: (self.own[name], p) for name, p in model.named_parameters() if self.own[name] is not p}
+        found = [difference(before.detach(), after.detach(), name) for name, (before, after) in pairs.items()]
+        moved = [one for one in found if one.kind != "identical"]
+        if not moved:
+            return Moved()
+        changed = sum(one.changed * self.own[one.name].numel() for one in moved) / self.count
+        size = sum((pairs[o.name][1] - pairs[o.name][0]).detach().double().square().sum() for o in moved)
+        label = " and ".join(sorted({one.kind for one in moved}))
+        relative = float(size / self.norm) ** 0.5
+        return Moved(label, len(moved), changed, relative, max(moved, key=lambda one: one.relative))
