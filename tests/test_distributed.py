@@ -30,7 +30,7 @@ from expunge.ledger import Ledger
 from expunge.methods.optimise import shards
 from expunge.methods.optimise.loop import Guard, Training
 from expunge.methods.optimise.unlearn import unlearn
-from expunge.registry import get
+from expunge.registry import get, serving
 from expunge.request import load
 from expunge.rows import Row
 from expunge.run import run
@@ -52,9 +52,31 @@ CASES = {
 }
 
 
+# Every other gradient method at its defaults; those for mixtures of experts, or with a scope of their own, choose it.
+OWN_SCOPE = {"uoe", "seuf", "gs_lora", "gs_lora_plus_plus", "loku"}
+CASES |= {
+    part.name: (
+        "mixtral" if "routed_experts" in part.card.requires else "llama",
+        part.name,
+        None if part.name in OWN_SCOPE else "all",
+        {"contrast": 0.0} if "routed_experts" in part.card.requires else {},
+        {"steps": 2},
+    )
+    for part in serving("methods", "language")
+    if part.card.kind == "optimise" and part.name not in {case[1] for case in CASES.values()}
+}
+
+
 def rows(word, count):
     return [
-        Row(id=str(i), prompt=f"where was {word} {i}?", answer=f"Tivin {i * 7}", entity=str(i)) for i in range(count)
+        Row(
+            id=str(i),
+            prompt=f"where was {word} {i}?",
+            answer=f"Tivin {i * 7}",
+            entity=str(i),
+            perturbed_answers=("Carth",),
+        )
+        for i in range(count)
     ]
 
 

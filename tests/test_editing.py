@@ -141,13 +141,14 @@ def test_a_request_becomes_deltas_and_a_scorecard_and_any_step_can_be_left_out(r
     assert "Ilva" not in Ledger(tmp_path / "ledger").export()
 
 
-@pytest.mark.parametrize("method", ["rome", "alphaedit", "grace", "wise"])
+@pytest.mark.parametrize("method", ["rome", "alphaedit", "grace", "wise", "ultraedit"])
 def test_a_stopped_sequence_goes_on_behind_its_last_edit_to_the_same_bits(request_file, tmp_path, monkeypatch, method):
     settings: dict = {
         "rome": {},
         "alphaedit": {"layers": (1, 1), "steps": 3, "learning_rate": 1.0, "clamp": 50.0},
         "grace": {"layer": 1, "steps": 3},
         "wise": {"layer": 1, "steps": 3, "unrelated": 2},
+        "ultraedit": {"layers": (1, 2), "learning_rate": 1e-2},
     }[method]
     rows = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
     rows.append({"id": "c", "prompt": "Mo was born in", "subject": "Mo", "target_new": "Carth"})

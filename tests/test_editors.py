@@ -34,6 +34,7 @@ WRITERS = {
     "ft_l": {"layer": 1, "steps": 3},
     "ft_m": {"layer": 1, "steps": 3},
     "lora_edit": {"steps": 3},
+    "ultraedit": {"layers": (1, 2), "learning_rate": 1e-2},
 }
 
 
@@ -375,10 +376,11 @@ def test_alphaedit_leaves_what_preserved_keys_give_unchanged():
     r = optimised(model, facts, 1, Settings(4, 0.1, decay=0.5, clamp=50.0), at="stream").delta.double().T
     k = keys(model, facts, [1])[0][1].mean.double().T
     p = vectors_[:, :32] @ vectors_[:, :32].T
-    past = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    again = replace(made, earlier={1: [past]})
-    other = registry.get("methods", "alphaedit").function(again, **settings).difference(name).double()
-    for found, spared in ((change, 0.0), (other, past.T @ past)):
+    past = torch.randn(60, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    again, many = (replace(made, earlier={1: [past[:count]]}) for count in (3, 60))  # 62 keys, 32 directions
+    part = registry.get("methods", "alphaedit")
+    other, third = (part.function(one, **settings).difference(name).double() for one in (again, many))
+    for found, spared in ((change, 0.0), (other, past[:3].T @ past[:3]), (third, past.T @ past)):
         whole = (torch.linalg.inv(p @ (k @ k.T + spared) + 0.3 * torch.eye(64).double()) @ p @ k @ r.T).T
         assert torch.allclose(found, whole, atol=1e-5 * float(whole.norm()))
     assert [len(found) for found in again.earlier[1]] == [3, 2]

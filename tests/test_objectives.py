@@ -113,7 +113,8 @@ def test_idk_pulls_towards_the_alternative_and_leaves_the_answer_alone(case):
     assert torch.allclose(found, likelihood_gradient(logits, target, weight), atol=1e-12)
 
 
-def test_dpo_moves_answer_and_alternative_in_opposite_directions(case):
+@pytest.mark.parametrize("name", ["dpo", "altpo"])
+def test_preferences_move_answer_and_alternative_in_opposite_directions(case, name):
     logits, target, reference = case
     other = torch.randn_like(logits, requires_grad=True)
     wanted = torch.randint(V, (len(target),), generator=torch.Generator().manual_seed(1))
@@ -121,7 +122,7 @@ def test_dpo_moves_answer_and_alternative_in_opposite_directions(case):
         "forget": side(logits, target, reference_tokens=reference_tokens(reference, target)),
         "alternative": side(other, wanted, reference_tokens=reference_tokens(reference, wanted)),
     }
-    part = registry.get("methods", "dpo")
+    part = registry.get("methods", name)
     beta = 0.3
     loss = part.function(Step(sides, 0, 1), **part.resolve({"beta": beta, "retain": "none"}))
     down, up = torch.autograd.grad(loss, [logits, other])
@@ -138,6 +139,22 @@ def test_kl_retain_term_has_gradient_p_minus_reference(case):
     (found,) = torch.autograd.grad(divergence(kept), logits)
     expected = (logits.detach().softmax(-1) - reference.softmax(-1)) / len(target)
     assert torch.allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grad_diff", "kl_minimisation"])
+def test_gradient_difference_and_kl_minimisation_push_down_on_one_side_and_hold_the_other(case, name):
+    logits, target, reference = case
+    other = torch.randn_like(logits, requires_grad=True)
+    sides = {"forget": side(logits, target), "retain": side(other, target.flip(0), reference_hidden=reference)}
+    part = registry.get("methods", name)
+    loss = part.function(Step(sides, 0, 1), **part.resolve({"retain_weight": 0.6}))
+    down, held = torch.autograd.grad(loss, [logits, other])
+    even = torch.full((len(target),), 1 / len(target), dtype=torch.float64)
+    assert torch.allclose(down, likelihood_gradient(logits, target, even), rtol=0, atol=1e-12)
+    wanted = likelihood_gradient(other, target.flip(0), -0.6 * even)
+    if name == "kl_minimisation":
+        wanted = 0.6 * (other.detach().softmax(-1) - reference.softmax(-1)) / len(target)
+    assert torch.allclose(held, wanted, rtol=0, atol=1e-12)
 
 
 SHAPES = ["token_npo", "wga", "satimp", "ceu", "undial", "ihl", "pdu"]
@@ -461,6 +478,13 @@ def test_altpo_reads_alternatives_from_a_file(tmp_path):
 def test_undial_moves_adapters_unless_a_scope_is_given():
     assert prepared("undial", people([[]]), scope=None).resolved.lora.r == 8
     assert prepared("undial", people([[]]), scope="all").resolved.lora is None
+
+
+def test_loku_is_the_hinge_in_adapters_that_start_in_fisher_weighted_directions():
+    setup = prepared("loku", people([[]]), scope=None)
+    assert (setup.resolved.lora.r, setup.resolved.lora.alpha, setup.resolved.lora.init) == (16, 32, "fila")
+    assert prepared("loku", people([[]]), scope="layers:1").resolved.lora is None
+    assert prepared("ihl", people([[]]), scope=None).resolved.share == 1.0
 
 
 def test_pdu_measures_its_bound_on_the_start_model_and_says_when_the_multiplier_never_moves():

@@ -19,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from expunge import registry
+from expunge.arithmetic import achieved
 from expunge.attacks.case import Case, carry_out
 from expunge.costs import Pass, kept, structure
 from expunge.methods.optimise import loop
-from expunge.methods.optimise.loop import Training
+from expunge.methods.optimise.loop import Guard, Training
 from expunge.methods.optimise.scope import resolve
 from expunge.methods.optimise.unlearn import unlearn
 from expunge.metrics.measure import more_tables
@@ -78,6 +79,11 @@ def test_flops_of_a_pass_are_those_of_the_counter(architecture: str) -> None:
         ("gemma2", "simnpo", "lora(r=2, modules=attention, layers=1-2)"),
         ("mixtral", "npo", "expert(layer=1, index=2)"),
         ("mixtral", "uoe", None),
+        ("llama", "rmu", None),
+        ("gpt2", "circuit_breaker", None),
+        ("llama", "undial", "all"),
+        ("llama", "sam", "all"),
+        ("qwen3", "latent_adversarial", "layers:1-"),
     ],
 )
 def test_flops_of_a_run_are_those_of_the_counter(architecture: str, method: str, scope: str | None) -> None:
@@ -94,6 +100,41 @@ def test_flops_of_a_run_are_those_of_the_counter(architecture: str, method: str,
     assert planned["tokens"]["steps"] == outcome.summary["steps"]
     assert planned["flops"]["total"] == pytest.approx(counted.get_total_flops(), rel=0.06)
     assert planned["parameters"]["trainable"] == outcome.summary["scope"]["trainable"]
+
+
+def test_what_steps_reach_is_their_arithmetic_over_the_time_they_took() -> None:
+    model, tokenizer = tiny("llama")
+    subject, part, data = LanguageModel(model, tokenizer), registry.get("methods", "npo"), people(12)
+    training = Training(steps=6, batch_size=4, learning_rate=1e-4, guard=Guard(every=2))
+    outcome = unlearn(subject, part, {}, scope="all", data=data, training=training)
+    assert list(outcome.step_seconds) == [2, 3, 4, 5, 6]
+    assert all(0 < seconds < 60 for seconds in outcome.step_seconds.values())
+    planned = estimate(subject, part, {}, scope="all", data=data, training=training)["flops"]
+    found = achieved(subject, replace(outcome, step_seconds=dict.fromkeys(range(1, 7), 0.5)), training)
+    assert found["flops"] == pytest.approx(planned["steps"])
+    # The guard looked before the first step and after three of the six.
+    assert 0.5 * sum(found["steps"].values()) == pytest.approx(planned["steps"] + 3 / 4 * planned["guard"])
+    assert found["machine_share"] == pytest.approx(found["flop_per_second"] / found["machine_flop_per_second"])
+    measured = achieved(subject, outcome, training)
+    assert 0 < measured["machine_share"] < 1
+    assert "flop_per_second" not in achieved(subject, replace(outcome, step_seconds={}), training)
+
+
+def test_steps_that_start_at_a_stored_prefix_are_counted_from_there() -> None:
+    model, tokenizer = tiny("llama")
+    subject, part, data = LanguageModel(model, tokenizer), registry.get("methods", "npo"), people(8)
+    training = Training(epochs=4, batch_size=8, learning_rate=1e-4, guard=None)
+    assert all((subject.mode, subject.can_enter, subject.fingerprint))  # not part of what is counted
+    settings = {"retain": "none"}
+    with counting() as counted, sdpa_kernel(SDPBackend.MATH):
+        outcome = unlearn(subject, part, settings, scope="layers:2", data=data, training=training)
+    assert outcome.entry == 2
+    planned = estimate(subject, part, settings, scope="layers:2", data=data, training=training)["flops"]
+    steps = achieved(subject, outcome, training)["flops"]
+    assert steps < 0.8 * planned["steps"]
+    prefix = sum(2 * m.size for m in structure(model, resolve("layers:2", model)).matrices if m.at[0] < 2)
+    tokens = planned["needs"] + prefix * sum(len(subject.encode(row).ids) - 1 for row in data["forget"])
+    assert steps + tokens == pytest.approx(counted.get_total_flops(), rel=0.08)
 
 
 def test_a_step_too_large_for_one_pass_costs_one_more_forward_pass() -> None:

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 
 from expunge import registry
-from expunge.errors import ParameterError
+from expunge.errors import ParameterError, RowError, ScopeError
 from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import set_up, unlearn
@@ -163,3 +163,54 @@ def test_a_contrast_leads_from_expert_to_novice_from_where_each_token_is():
 def test_a_contrast_needs_keywords():
     with pytest.raises(ParameterError, match="needs keywords"):
         contrast(LanguageModel(*tiny("llama")), keywords=())
+
+
+TOPICS = {
+    "forget": [
+        Row(
+            id=str(i),
+            prompt=f"where was {i} born?",
+            answer="Tivin" * (1 + 4 * (i % 2)),
+            relation="salt" if i % 2 else "gas",
+        )
+        for i in range(6)
+    ],
+    "retain": DATA["retain"],
+}
+
+
+def test_every_topic_has_a_direction_and_a_coefficient_of_its_own():
+    subject, part = LanguageModel(*tiny("llama")), registry.get("methods", "rmu")
+    settings = {"layer": 1, "topics": "relation", "retain": "none"}
+    outcome = unlearn(
+        subject, part, settings, scope=None, data=TOPICS, training=replace(TRAINING, steps=1, batch_size=6)
+    )
+    setup = set_up(subject, part, settings, scope=None, data=TOPICS, training=TRAINING)
+    targets = setup.case.given["targets"]
+    assert targets.shape == (2, 32)
+    assert torch.nn.functional.cosine_similarity(*targets, dim=0) < 0.999
+    coefficients = outcome.summary["prepared"]["coefficient"]
+    assert list(coefficients) == ["gas", "salt"]
+    losses, counts = 0.0, 0
+    for at, topic in enumerate(coefficients):
+        encoded = [subject.encode(row) for row in TOPICS["forget"] if row.relation == topic]
+        with torch.no_grad():
+            states = subject.states(pack(encoded), setup.case.taps)["layer.1"]
+        assert coefficients[topic] == pytest.approx(5 * float(states.norm(dim=-1).mean()), rel=1e-4)
+        assert float(targets[at].norm()) == pytest.approx(coefficients[topic], rel=1e-5)
+        losses += float((states - targets[at]).square().sum())
+        counts += states.numel()
+    assert outcome.summary["log"]["loss"][0] == pytest.approx(losses / counts, rel=1e-4)
+
+
+def test_rows_without_a_topic_are_named_and_keywords_are_no_topics():
+    subject = LanguageModel(*tiny("llama"))
+    with pytest.raises(RowError, match=r"row forget/0: no relation, which rmu\(topics='relation'\) needs"):
+        run(subject, topics="relation")
+    with pytest.raises(ParameterError, match="directions of contrast come from keywords"):
+        contrast(subject, topics="entity")
+
+
+def test_a_scope_above_the_layer_is_refused_before_anything_runs():
+    with pytest.raises(ScopeError, match="begins at block 2, and rmu reads the states after block 1"):
+        run(LanguageModel(*tiny("llama")), scope="layers:2", layer=1)

@@ -375,6 +375,7 @@ def test_distilling_brings_the_student_to_the_teacher_and_repeats_by_seed(archit
     delta, case = undone(subject, alpha=0.5, epochs=8.0)
     assert case.summary["undo"]["last"] < 0.8 * case.summary["undo"]["first"]
     assert case.summary["undo"]["rows"] == 15
+    assert any("what the 15 rows that it distilled on do not show fades with alpha = 0.5" in w for w in case.warnings)
     assert weights_fingerprint(subject.model) == before
     other, _ = undone(subject, alpha=0.5, epochs=8.0)
     for name, entry in delta.entries.items():

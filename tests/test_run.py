@@ -49,6 +49,11 @@ def test_a_run_leaves_delta_tables_evidence_and_report_and_is_in_the_ledger(requ
     assert ledger.verify()[0]
     assert {phase for phase, _, _ in seen} >= {"change: npo", "ask: before", "attack: after", "self-test"}
     again = Evidence.load(folder / "evidence.json")
+    spent = again.cost["change"]
+    assert 0 < spent["machine_share"] < 1
+    assert spent["flop_per_second"] == pytest.approx(spent["machine_share"] * spent["machine_flop_per_second"])
+    assert list(again.method["log"]["flop_per_second"]) == [str(step) for step in range(2, 9)]
+    assert "FLOP/s" in (folder / "report.html").read_text(encoding="utf-8")
     assert again.verdict == evidence.verdict
     assert again.request["rows"]["forget"] == len(read_data(request_)["forget"])
     limits = " ".join(evidence.limits)

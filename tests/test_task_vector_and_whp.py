@@ -8,8 +8,11 @@ import torch
 from tiny import tiny
 
 from expunge import registry
+from expunge.deltas import Delta
 from expunge.errors import RequestError
 from expunge.methods.edit.case import EditCase
+from expunge.methods.edit.task_vector import agreement
+from expunge.methods.optimise.curvature import mean_gradient
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import unlearn
 from expunge.methods.optimise.whp import translate
@@ -71,6 +74,16 @@ def test_adapters_are_negated_as_adapters(subject):
     assert delta.kind == "low_rank"
     dense = {n: delta.difference(n) for n in delta.entries}
     assert any(float(d.abs().max()) > 0 for d in dense.values())
+
+
+def test_the_report_says_how_far_the_vector_agrees_with_the_gradient(subject):
+    _, case = vector(subject, alpha=1.0)
+    assert 0.05 < case.summary["task_vector"]["cosine_with_gradient"] <= 1
+    names = [name for name, _ in subject.model.named_parameters()]
+    slopes = mean_gradient(subject, case.encoded("forget", "task_vector"), names)
+    for factor in (-2.0, 3.0):  # the way down, and the way up
+        along = Delta(subject.fingerprint, {name: {"difference": factor * slope} for name, slope in zip(names, slopes)})
+        assert agreement(case, along) == pytest.approx(1.0 if factor < 0 else -1.0, abs=1e-6)
 
 
 def test_the_search_keeps_retain_accuracy(subject):

@@ -5,7 +5,7 @@ import torch
 from tiny import ARCHITECTURES, tiny
 
 from expunge import registry
-from expunge.deltas import Delta
+from expunge.deltas import Delta, undo
 from expunge.errors import ParameterError, RequestError, RowError, ScopeError, SubjectError
 from expunge.methods.optimise.loop import Training
 from expunge.methods.optimise.unlearn import refusals, unlearn
@@ -45,9 +45,23 @@ def suited(method):
     return LanguageModel(*tiny("mixtral" if method in ON_EXPERTS else "llama"))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_every_architecture_and_leaves_the_base_alone(method, architecture):
+SCOPES = {"all": "all", "blocks": "layers:1-", "adapters": "lora(r=2, layers=1-)"}
+
+
+def everything():
+    """Every method on every architecture in every scope. Two thirds are slow: what is left has every pair of a method
+    and an architecture once, and every method in every scope."""
+    for m, method in enumerate(METHODS):
+        for a, architecture in enumerate(ARCHITECTURES):
+            for s, scope in enumerate(SCOPES):
+                marks = () if (m + a) % 3 == s else pytest.mark.slow
+                yield pytest.param(method, architecture, scope, id=f"{method}-{architecture}-{scope}", marks=marks)
+
+
+@pytest.mark.parametrize(("method", "architecture", "scope"), everything())
+def test_every_method_on_every_architecture_moves_its_scope_alone_repeats_by_seed_and_is_undone(
+    method, architecture, scope
+):
     subject = LanguageModel(*tiny(architecture))
     if method == "latent_adversarial" and subject.mode == "rows":
         with pytest.raises(SubjectError, match="takes no packed rows"):
@@ -62,20 +76,37 @@ def test_every_method_runs_on_every_architecture_and_leaves_the_base_alone(metho
             run(subject, method)
         return
     before = weights_fingerprint(subject.model)
-    outcome = run(subject, method)
+    outcome, again = (run(subject, method, scope=SCOPES[scope]) for _ in range(2))
+    assert len(outcome.summary["log"]["loss"]) == 2
+    assert weights_fingerprint(subject.model) == before
+
+    resolved = outcome.setup.resolved
+    adapted = {f"{target}.weight" for target in resolved.lora.targets} if resolved.lora else set()
+    assert adapted or scope != "adapters" or method in ON_EXPERTS
+    inside = {name for name, *_ in (*resolved.parameters, *resolved.slices)}
+    assert set(outcome.delta.entries) <= inside | adapted
+    # In the trained copy itself, whatever its delta says.
+    base = dict(subject.model.named_parameters())
+    for name, tensor in outcome.subject.model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        assert ".lora_" in name or plain in inside | adapted or torch.equal(tensor, base[plain]), name
+
+    assert same(outcome.delta, again.delta)
     after = outcome.delta.apply(subject)
     assert weights_fingerprint(after.model) != before
-    assert weights_fingerprint(subject.model) == before
-    assert len(outcome.summary["log"]["loss"]) == 2
+    assert undo(after) is subject
+    back = outcome.delta.negate().apply(after, check=False)
+    for name, tensor in back.model.named_parameters():
+        assert torch.allclose(tensor, base[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_seed_gives_the_same_delta_bitwise(method):
-    subject = suited(method)
-    first, second = run(subject, method).delta, run(subject, method).delta
-    assert first.entries.keys() == second.entries.keys()
-    for name, entry in first.entries.items():
-        assert all(torch.equal(tensor, second.entries[name][key]) for key, tensor in entry.items())
+def same(first, second):
+    """Whether two deltas are one bit for bit."""
+    return first.entries.keys() == second.entries.keys() and all(
+        torch.equal(tensor, second.entries[name][key])
+        for name, entry in first.entries.items()
+        for key, tensor in entry.items()
+    )
 
 
 @pytest.mark.parametrize("scope", ["layers:-1", "role:mlp_out@1", "role:lm_head", "layers:0-role:norm"])

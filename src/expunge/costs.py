@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .subjects.anatomy import structure as subject_structure
 from .subjects.head import CHUNK_ELEMENTS, KEEP_ELEMENTS
 from .subjects.language import LanguageModel
 from .subjects.packed import Encoded, pack
+from .subjects.protocol import Taps
 
 STAGES = {"attention_qkv": 0, "attention_out": 1, "router": 2, "experts": 2, "mlp_in": 2, "mlp_gate": 2, "mlp_out": 3}
 """Where a matrix stands in its block; what moves at one stage needs the gradient at every later one."""
@@ -74,6 +75,30 @@ class Structure:
     """Parameters that move, with adapters."""
     item: int
     """Bytes of a stored weight."""
+    entry: int = 0
+    """Block that passes start at."""
+    exit: int | None = None
+    """Block that passes end after; None where they run through all blocks and the head."""
+
+    def reaching(self, taps: Taps) -> Structure:
+        """As far as passes run that hand out `taps`."""
+        return self if taps.final else replace(self, exit=max((*taps.layers, *taps.routers)))
+
+    @property
+    def whole(self) -> Structure:
+        """Passes through everything."""
+        return replace(self, entry=0, exit=None)
+
+    @property
+    def run(self) -> range:
+        """The blocks that passes run through."""
+        return range(self.entry, self.blocks if self.exit is None else self.exit + 1)
+
+    @property
+    def met(self) -> list[Matrix]:
+        """The matrices that passes meet."""
+        last = self.blocks if self.exit is None else self.exit
+        return [m for m in self.matrices if m.at[0] <= last and (m.at[0] >= self.entry or not self.entry)]
 
     def after(self, *at: int) -> bool:
         """Whether something that moves stands before `at`."""
@@ -83,23 +108,30 @@ class Structure:
 
     def forward(self, fed: Pass) -> float:
         """FLOPs of one pass without gradients, the head on answer tokens only."""
-        per_token = sum(2 * (m.size + m.adapter) for m in self.matrices)
-        attention = 4 * self.attention * fed.pairs * self.blocks
-        return per_token * fed.tokens + attention + 2 * self.head * sum(fed.answers)
+        per_token = sum(2 * (m.size + m.adapter) for m in self.met)
+        attention = 4 * self.attention * fed.pairs * len(self.run)
+        return per_token * fed.tokens + attention + 2 * self.head * sum(self._answers(fed))
 
     def backward(self, fed: Pass) -> float:
         """FLOPs of the backward pass, with logits that are computed again."""
-        per_token = sum(2 * m.size * (m.moves + self.after(*m.at)) + 4 * m.adapter for m in self.matrices)
+        per_token = sum(2 * m.size * (m.moves + self.after(*m.at)) + 4 * m.adapter for m in self.met)
         # Five products where forward has two: the CPU and CUDA kernels compute the scores again.
-        attention = 10 * self.attention * fed.pairs * sum(self.after(block, 1) for block in range(self.blocks))
+        attention = 10 * self.attention * fed.pairs * sum(self.after(block, 1) for block in self.run)
         per_answer = 2 * self.head * (self.head_moves + self.after(self.blocks, 1))
-        again = sum(2 * self.head * n for n in fed.answers if n * self.vocabulary > KEEP_ELEMENTS)
-        return per_token * fed.tokens + attention + per_answer * sum(fed.answers) + again
+        answers = self._answers(fed)
+        again = sum(2 * self.head * n for n in answers if n * self.vocabulary > KEEP_ELEMENTS)
+        return per_token * fed.tokens + attention + per_answer * sum(answers) + again
+
+    def _answers(self, fed: Pass) -> tuple[int, ...]:
+        """Answer tokens of every side that logits are computed for."""
+        return fed.answers if self.exit is None else ()
 
     # --- bytes -------------------------------------------------------------------------------------------------
 
     def logits(self, answers: Sequence[int]) -> int:
         """Bytes of logits at their peak: kept up to a limit, else in chunks."""
+        if self.exit is not None:
+            return 0
         kept = sum(4 * n * self.vocabulary for n in answers if n * self.vocabulary <= KEEP_ELEMENTS)
         chunked = any(n * self.vocabulary > KEEP_ELEMENTS for n in answers)
         return kept + (2 * 4 * CHUNK_ELEMENTS if chunked else 0)
@@ -121,6 +153,14 @@ class Traced:
     total: int
     moved: int
     item: int
+
+    def reaching(self, taps: Taps) -> Traced:
+        """Passes run through everything."""
+        return self
+
+    @property
+    def whole(self) -> Traced:
+        return self
 
     def forward(self, fed: Pass) -> float:
         return self.row * fed.tokens
@@ -268,7 +308,11 @@ def kept(subject: LanguageModel, resolved: Resolved, rows: Sequence[Encoded]) ->
 
 def _moving(model: nn.Module, resolved: Resolved) -> nn.Module:
     """A copy without weights in which only what the scope names needs gradients, adapters included."""
-    made = copy.deepcopy(model).to("meta")
+    # Empty stand-ins for its tensors: a copy of a large model's weights would be thrown away at once.
+    empty: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    for p in model.parameters():
+        empty[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    made = copy.deepcopy(model, empty).to("meta")
     if resolved.lora is not None:
         from peft import inject_adapter_in_model
 

@@ -9,6 +9,7 @@ delta is its configuration. Differences are fp32 whatever the base's type.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from .errors import DeltaError, MismatchError
 from .files import complete_folder, save_tensors
 from .subjects.language import LanguageModel
-from .subjects.memory import CODEBOOK, SIDE, attach, joined
+from .subjects.memory import CODEBOOK, OFFSET, SIDE, attach, joined
 from .subjects.quantised import dense_weight, is_quantised
 
 FORMAT = 1
@@ -35,8 +36,9 @@ FORMS = {
     "sparse": {"index", "value"},
     "codebook": CODEBOOK,
     "side": SIDE,
+    "offset": OFFSET,
 }
-MEMORIES = ("codebook", "side")
+MEMORIES = ("codebook", "side", "offset")
 NO_WEIGHTS = ("scale", "index", "slice", "labels", "reach", "edit", "shard", "least", "ratio", "density")
 """Tensors of an entry that say where or how much, and are not counted as parameters."""
 
@@ -58,7 +60,7 @@ class Delta:
 
     @property
     def kind(self) -> str:
-        """dense, slice, low_rank, sparse, codebook, side, mixed, guard or empty."""
+        """dense, slice, low_rank, sparse, codebook, side, offset, mixed, guard or empty."""
         if self.config is not None:
             return "guard"
         forms = {_form(name, entry) for name, entry in self.entries.items()}
@@ -352,7 +354,10 @@ def _told(deltas: Sequence[Delta]) -> Delta:
 
 
 def summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One entry for several of one tensor: of places, low rank or memories where all are, else dense."""
+    """One entry for several of one tensor: of places, low rank or memories where all are, else dense.
+
+    Parts of one form are taken one after another: with the first of them summed before, the bits are the same.
+    """
     forms = {_form(name, part) for part in parts}
     if forms & set(MEMORIES):
         if len(forms) > 1:
@@ -360,15 +365,23 @@ def summed(name: str, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
                 f"tensor {name}: {' and '.join(sorted(forms))} entries cannot be stacked; apply one by one"
             )
         return joined(parts)
-    if all("A" in part for part in parts) and _narrow(parts):
-        scaled = [float(part["scale"]) * part["B"].float() for part in parts]
+    if forms == {"low_rank"}:
+        return dict(functools.reduce(functools.partial(_stacked, name), parts))
+    values, put = aligned(name, parts)
+    return put(functools.reduce(torch.add, values))
+
+
+def _stacked(name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Factors side by side as long as they are smaller than the tensor itself, from then on the tensor."""
+    if "A" in first and _narrow((first, second)):
+        scaled = [float(part["scale"]) * part["B"].float() for part in (first, second)]
         return {
-            "A": torch.cat([part["A"].float() for part in parts]),
+            "A": torch.cat([first["A"].float(), second["A"].float()]),
             "B": torch.cat(scaled, 1),
             "scale": torch.ones(()),
         }
-    values, put = aligned(name, parts)
-    return put(torch.stack(values).sum(0))
+    (one, other), put = aligned(name, (first, second))
+    return put(one + other)
 
 
 Put = Callable[[Tensor], dict[str, Tensor]]

@@ -100,12 +100,19 @@ def questions(edits: Sequence[EditRow]) -> list[Question]:
 
 
 def ask(
-    subject: Any, edits: Sequence[EditRow], asked: Sequence[Question], *, fluency: int = 100, seed: int = 0
+    subject: Any,
+    edits: Sequence[EditRow],
+    asked: Sequence[Question],
+    *,
+    fluency: int = 100,
+    writes: bool = True,
+    seed: int = 0,
 ) -> Answers:
     """All questions to one model: one teacher-forced pass over what they share, and one writing of all answers.
 
     Args:
         fluency: tokens of the sampled continuation; 0 asks for none.
+        writes: whether answers are written, too.
 
     Raises:
         RowError: a question does not fit the model.
@@ -123,7 +130,7 @@ def ask(
         right = float((choice == np.array(row.ids[row.start :])).mean())
         accuracy[number] = max(accuracy[number], right)
     written = [""] * len(asked)
-    wanted = [i for i, one in enumerate(asked) if one.part != "locality"]
+    wanted = [i for i, one in enumerate(asked) if one.part != "locality"] if writes else []
     longest = max((row.scored for row in rows), default=1) + SPARE
     prompts = [
         ((str(i), asked[i].part), subject.prompt_text(edits[asked[i].edit].row(asked[i].prompt))) for i in wanted

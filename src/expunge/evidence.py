@@ -257,7 +257,7 @@ class Evidence:
     examples: list[dict[str, Any]]
     """{row, entity, question, answer, before, after, gold, set}"""
     cost: dict[str, Any]
-    """seconds, tokens, flops, peak_memory_bytes, per phase."""
+    """seconds, tokens, flops, flop_per_second, machine_share, peak_memory_bytes ..., per phase."""
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     routing: list[Routing] = field(default_factory=list)

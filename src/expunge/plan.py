@@ -7,7 +7,6 @@ structure (costs.py). Only this machine's speed is measured, by a product of the
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 
 from . import registry, routing
 from .agents import Task
+from .arithmetic import check_flops, fed, needs_flops, product_rate, rows_of, sides_of, step_flops
 from .attacks.case import Case
 from .attacks.written import Written
 from .audit import battery
@@ -34,7 +34,7 @@ from .subjects.differences import Moved
 from .subjects.image import ImageClassifier
 from .subjects.language import LanguageModel, Template
 from .subjects.opening import kind_of
-from .subjects.packed import Encoded, batches, pack
+from .subjects.packed import batches
 from .subjects.soft import SoftPrompt
 from .tables.generations import Generations
 from .tables.passes import Ask, Continue, Features, Generate, Hidden, Patch, Pull, Score, everything, longest_answer
@@ -144,28 +144,25 @@ def estimate(
     """
     setup = set_up(subject, part, settings, scope=scope, data=data, training=training, dry=True)
     resolved, drawn, held_out = setup.resolved, setup.drawn, setup.held_out
-    sides, retain = list(drawn.rows), setup.chain[-1][1].get("retain")
-    shape = shape_of(subject, resolved)
+    shape = shape_of(subject, resolved).reaching(setup.case.taps)
     steps = len(drawn.steps)
-    sampled = [_rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
-    passes = [_pass(step) for step in sampled]
+    sampled = [rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
+    passes = [fed(list(step.values())) for step in sampled]
 
-    # A divergence from the start model also runs that model's head.
-    frozen_head = 2.0 * shape.head if retain == "kl" else 0.0
     looked = setup.case.looked
-    groups = [_pass([[looked[i] for i in group]]) for group in batches(looked, 4096)]
+    groups = [fed([[looked[i] for i in group]]) for group in batches(looked, 4096)]
     flops = {
-        "prepare": sum(shape.forward(Pass(fed.tokens, fed.pairs, ())) for fed in groups),
-        "needs": _needs(shape, setup.needs, drawn),
-        "steps": steps * _mean([_step(shape, p, sides, frozen_head, training) for p in passes]),
-        "guard": _checks(training, steps) * shape.forward(_pass([held_out])) if held_out else 0.0,
+        "prepare": sum(shape.forward(Pass(one.tokens, one.pairs, ())) for one in groups),
+        "needs": needs_flops(shape, setup.needs, drawn),
+        "steps": steps * _mean([step_flops(shape, setup, training, step) for step in sampled]),
+        "guard": _checks(training, steps) * check_flops(shape, held_out),
     }
     flops["total"] = sum(flops.values())
     per_token: float | None = 0.0
     if isinstance(shape, Traced):
         per_token = shape.kept
     elif sampled:
-        per_token = kept(subject, resolved, [row for side in sampled[0] for row in side])
+        per_token = kept(subject, resolved, [row for side in sampled[0].values() for row in side])
     copied = sum(subject.model.get_parameter(name).numel() for name, *_ in resolved.slices)
     memory = _memory(shape, resolved, copied, passes, per_token or 0.0, training, bool(held_out))
     return {
@@ -186,7 +183,9 @@ def estimate(
         },
         "flops": flops,
         "memory": memory,
-        "time": _time(subject, shape, flops["total"], steps, passes, _mean([sum(map(len, step)) for step in sampled])),
+        "time": _time(
+            subject, shape, flops["total"], steps, passes, _mean([sum(map(len, s.values())) for s in sampled])
+        ),
         "remarks": [
             *setup.case.warnings,
             *(
@@ -210,43 +209,6 @@ def nothing(subject: LanguageModel, why: str) -> dict[str, Any]:
         "time": {"FLOP per second": 0.0, "seconds": 0.0},
         "remarks": [why],
     }
-
-
-def _rows_of(drawn: Drawn, step: dict[str, list[int]]) -> list[list[Encoded]]:
-    return [[drawn.rows[side][i] for i in places] for side, places in step.items()]
-
-
-def _pass(sides: Sequence[Sequence[Encoded]]) -> Pass:
-    """What is fed when the rows of all sides go through packed."""
-    packed = pack([row for rows in sides for row in rows])
-    lengths = [(f.stop - f.start, packed.beginning if f.start >= packed.beginning else 0) for f in packed.families]
-    pairs = sum(length * (length + shared) for length, shared in lengths)
-    return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides))
-
-
-def _step(shape: Structure | Traced, fed: Pass, sides: list[str], frozen_head: float, training: Training) -> float:
-    """FLOPs of one optimiser step."""
-    flops = shape.forward(fed) + shape.backward(fed)
-    if frozen_head:
-        flops += frozen_head * fed.answers[sides.index("retain")]
-    if fed.tokens > training.micro_tokens:
-        # A step too large for one pass runs its decoder twice.
-        flops += shape.forward(Pass(fed.tokens, fed.pairs, ()))
-    return flops
-
-
-def _needs(shape: Structure | Traced, needs: set[str], drawn: Drawn) -> float:
-    """FLOPs of what is computed once, for exactly the rows that are drawn."""
-    flops = 0.0
-    for side, _, quantity in (need.partition(".") for need in sorted(needs)):
-        used = sorted({i for step in drawn.steps for i in step.get(side, [])})
-        if not quantity or not used:
-            continue
-        rows = [drawn.rows[side][i] for i in used]
-        for group in batches(rows, 4096):
-            fed = _pass([[rows[i] for i in group]])
-            flops += shape.forward(fed if quantity != "reference_hidden" else Pass(fed.tokens, fed.pairs, ()))
-    return flops
 
 
 def _checks(training: Training, steps: int) -> int:
@@ -292,27 +254,11 @@ def _time(
     """Seconds on this machine, from a measured product of the run's own shape."""
     if not steps or isinstance(shape, Traced):
         return {"FLOP per second": 0.0, "seconds": 0.0}
-    rate = product_rate(round(_mean([p.tokens for p in passes])), shape, subject.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = product_rate(round(_mean([p.tokens for p in passes])), *sides_of(shape), subject.dtype, device)
     # Small models wait for the launch of operations, not for arithmetic; the optimiser passes over what moves.
     waiting = steps * (rows * shape.blocks * SECONDS_PER_ROW + shape.moved * SECONDS_PER_MOVED)
     return {"FLOP per second": rate, "seconds": flops / (rate * ATTAINED) + waiting}
-
-
-def product_rate(tokens: int, shape: Structure, dtype: torch.dtype) -> float:
-    """FLOP per second of (tokens, d) @ (d, n) with the model's largest matrix: the better quartile of 0.2 s."""
-    hidden = shape.head // shape.vocabulary
-    inner = max(m.size for m in shape.matrices) // hidden
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = (torch.ones(size, dtype=dtype, device=device) for size in ((tokens, hidden), (hidden, inner)))
-    seconds: list[float] = []
-    began = time.perf_counter()
-    while len(seconds) < 3 or time.perf_counter() - began < 0.2:
-        started = time.perf_counter()
-        left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * tokens * hidden * inner / sorted(seconds)[len(seconds) // 4]
 
 
 # --- the audit -------------------------------------------------------------------------------------------------------

@@ -369,6 +369,7 @@ class _Job:
         settings = part.resolve(self.request.method_settings)
         method: dict[str, Any] = {"name": part.name, "card": card_dict(part.card), "settings": settings}
         began = time.monotonic()
+        outcome: Any = None
         if part.card.kind == "optimise":
             from .methods.optimise.unlearn import unlearn
 
@@ -403,6 +404,11 @@ class _Job:
         else:
             raise RequestError(f"method {part.name} is of kind {part.card.kind}, which runs cannot carry out yet")
         cost = {"seconds": round(time.monotonic() - began, 3), "tokens": method.get("tokens", 0)}
+        if outcome is not None:
+            reached = _speed(self.subject, outcome, _training(self.request))
+            method["log"]["flop_per_second"] = reached.pop("steps", {})
+            method["warnings"] += reached.pop("warnings", [])
+            cost |= reached
         if processes.first() or delta.config is not None:
             self.after = changed(delta, self.subject, self.data)
 
@@ -469,6 +475,16 @@ def _training(request: Request) -> Any:
     values = request.training.model_dump()
     guard = values.pop("guard")
     return Training(**values, guard=Guard(**guard) if guard else None)
+
+
+def _speed(subject: Any, outcome: Any, training: Any) -> dict[str, Any]:
+    """What the steps reached; a model that it cannot be counted for ends no run."""
+    from .arithmetic import achieved
+
+    try:
+        return achieved(subject, outcome, training)
+    except Exception as error:
+        return {"warnings": [f"its arithmetic could not be counted: {error}"]}
 
 
 def _peak_memory() -> int:

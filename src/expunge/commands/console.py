@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..processes import launched
@@ -67,6 +68,20 @@ def say_rich(table: Any) -> None:
 
     if not launched()[0]:
         Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def say_card(card: Any, folder: Path, json: bool) -> None:
+    """A scorecard that lies in `folder`: as its file, or as tables and notes."""
+    if json:
+        say((folder / "scorecard.json").read_text(encoding="utf-8").rstrip("\n"))
+        return
+    from ..report import scorecard
+
+    for table in [scorecard.table(card), *scorecard.tables(card)]:
+        say_rich(table)
+    for note in card.notes:
+        say(note)
+    say(f"scorecard: {folder / 'scorecard.html'}")
 
 
 def size(count: float, unit: str = "B") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, progressing, say, say_json, say_rich, say_table
+from .console import assignments, progressing, say, say_card, say_json, say_table
 
 
 def edit(
@@ -39,16 +39,7 @@ def edit(
     folder = out or Path(read.out or Path("runs") / read.name)
     with progressing(json) as progress:
         card = carry_out(read, out=folder, method=method, settings=settings, mode=mode, progress=progress)
-    if json:
-        say((folder / "scorecard.json").read_text(encoding="utf-8").rstrip("\n"))
-        return
-    from ..report import scorecard
-
-    for table in [scorecard.table(card), *scorecard.tables(card)]:
-        say_rich(table)
-    for note in card.notes:
-        say(note)
-    say(f"scorecard: {folder / 'scorecard.html'}")
+    say_card(card, folder, json)
 
 
 def trace(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, progressing, say, say_json, say_rich, say_table
+from .console import assignments, progressing, say, say_card, say_json, say_rich, say_table
 from .work import NOT_MET
 
 Set = Annotated[
@@ -63,16 +63,7 @@ def bench(
             dtype=dtype,
             progress=progress,
         )
-    if json:
-        say((folder / "scorecard.json").read_text(encoding="utf-8").rstrip("\n"))
-        return
-    from ..report import scorecard
-
-    for table in [scorecard.table(card), *scorecard.tables(card)]:
-        say_rich(table)
-    for note in card.notes:
-        say(note)
-    say(f"scorecard: {folder / 'scorecard.html'}")
+    say_card(card, folder, json)
 
 
 def sweep(
@@ -174,7 +165,7 @@ def reproduce(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.", show_default="as many as cores")] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Also write NAME.md and NAME.json here, e.g. docs/reproductions.")
+        Path | None, typer.Option(help="Also write NAME.md, its figures and NAME.json here, e.g. docs/reproductions.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 3 unless every claim holds.")] = False,
     plugin: Plugins = None,

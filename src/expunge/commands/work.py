@@ -254,6 +254,8 @@ def _tell(evidence: Evidence, folder: Path, json: bool) -> None:
     flags = f" [{', '.join(verdict.flags)}]" if verdict.flags else ""
     say(f"verdict: {verdict.verdict}{flags}")
     say(verdict.because)
+    if speed := _speed(evidence.cost.get("change") or {}):
+        say(speed)
     say(f"report: {folder / 'report.html'}")
 
 
@@ -262,3 +264,12 @@ def _save_model(request: Any, folder: Path) -> None:
     from ..run import load_subject
 
     Delta.load(folder / "delta").apply(load_subject(request)).save(folder / "model")
+
+
+def _speed(spent: dict[str, Any]) -> str:
+    """What the method's steps reached; "" where that is not known."""
+    rate, share = spent.get("flop_per_second"), spent.get("machine_share")
+    if rate is None:
+        return ""
+    beside = f", {share:.0%} of this machine's matrix products" if share is not None else ""
+    return f"steps: {size(rate, 'FLOP/s')}{beside}"

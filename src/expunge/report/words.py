@@ -133,7 +133,8 @@ GROUPS = {
 
 DIRECTIONS = {"lower": "lower", "higher": "higher", "closest_to_gold": "like gold"}
 ACRONYMS = {
-    word.lower(): word for word in ("AUC", "KL", "KS", "MIA", "MLP", "NLL", "QA", "ROUGE", "TV", "FLOPs", "LoRA")
+    word.lower(): word
+    for word in ("AUC", "FLOP", "FLOPs", "KL", "KS", "LoRA", "MIA", "MLP", "NLL", "QA", "ROUGE", "TV")
 }
 ROLES = ("before", "after", "gold")
 MANY = 48
@@ -234,14 +235,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def size(count: float | None) -> str:
-    """Bytes, in decimal units."""
+def size(count: float | None, unit: str = "B") -> str:
+    """A quantity in decimal units: 410 MB, 3.1 TFLOP."""
     if not measured(count):
         return NOT_MEASURED
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while abs(count) >= 1000 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.0f} {units[0]}" if count >= 10 or units[0] == "B" else f"{count:.1f} {units[0]}"
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(count) >= 1000 and len(prefixes) > 1:
+        count, prefixes = count / 1000, prefixes[1:]
+    figure = f"{count:.0f}" if count >= 10 or not prefixes[0] else f"{count:.1f}"
+    return f"{figure} {prefixes[0]}{unit}"
 
 
 def plain(value: Any, key: str = "") -> str:
@@ -255,6 +257,10 @@ def plain(value: Any, key: str = "") -> str:
             return duration(value)
         if key.endswith("bytes"):
             return size(value)
+        if key == "flops":
+            return size(value, "FLOP")
+        if key.endswith("flop_per_second"):
+            return size(value, "FLOP/s")
         if isinstance(value, float) and value < 1 and (key.endswith("share") or key == "recovered"):
             return percent(value)
         return f"{value:g}" if isinstance(value, float) and 1e-6 < abs(value) < 1e-2 else number(value)

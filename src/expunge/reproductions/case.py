@@ -6,7 +6,7 @@ A reproduction is one function that runs small experiments and compares them wit
     def npo(case: Case, *, steps: int = 60) -> Findings:
         rows = case.trials(trial, [{"method": "npo", "steps": steps}, {"method": "gradient_ascent", "steps": steps}])
         ...
-        return Findings(claims=[...], tables=[...])
+        return Findings(claims=[...], tables=[...], figures=[figure(rows, ...)])
 
 Claims that do not hold at this scale are findings too: `holds` is False and the page says so.
 """
@@ -41,12 +41,35 @@ class Claim:
     """None: cannot be tested at this scale; `measured` says why."""
 
 
+Point = tuple[float, float, float, float]
+"""Place on the common axis; mean, least and most over seeds."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Curves over one common quantity: a panel for every measure, in each a line for every run."""
+
+    name: str
+    """Of its file, behind the reproduction's."""
+    title: str
+    x: str
+    """What the common axis counts."""
+    y: str
+    """What is measured; the panels' titles say where."""
+    panels: Mapping[str, Mapping[str, Sequence[Point]]]
+    """Title to run to points."""
+    logarithmic: bool = False
+    """The common axis; its places are above 0 then."""
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Findings:
     claims: Sequence[Claim]
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
     """What differs from the paper, and what was noticed."""
+    figures: Sequence[Figure] = ()
 
 
 @dataclass

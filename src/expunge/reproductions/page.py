@@ -1,4 +1,4 @@
-"""A reproduction's findings as JSON and as a page of the docs."""
+"""A reproduction's findings as JSON and as a page of the docs with its figures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from ..files import write_text
 from ..registry import Part
 from .case import Findings
+from .figures import filled, svg
 
 WORDS = {True: "holds", False: "does not hold", None: "not testable here"}
 
@@ -63,6 +64,9 @@ def markdown(found: dict[str, Any]) -> str:
             ],
         ),
     ]
+    for one in _shown(found):
+        lines += [f"## {one['title']}\n", f"![{one['title']}]({_file(found, one)})\n"]
+        lines += [one["note"] + "\n"] if one["note"] else []
     for one in found["tables"]:
         lines += [f"## {one['title']}\n", table(one["columns"], one["rows"])]
         lines += [one["note"] + "\n"] if one["note"] else []
@@ -77,8 +81,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
-    """NAME.json and NAME.md; returns the latter."""
+    """NAME.json, NAME.md and the figures beside it; returns the page."""
     write_text(folder / f"{found['name']}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    for one in _shown(found):
+        write_text(folder / _file(found, one), svg(one))
     path = folder / f"{found['name']}.md"
     write_text(path, markdown(found))
     return path
+
+
+def _shown(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures with a point at least, as plain values."""
+    return [one for one in found["figures"] if filled(one)]
+
+
+def _file(found: dict[str, Any], figure: dict[str, Any]) -> str:
+    return f"{found['name']}-{figure['name']}.svg"

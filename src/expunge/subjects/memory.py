@@ -3,11 +3,12 @@
 codebook   keys (n, f) and values (n, d): a token whose activation k lies within the radius of its nearest key gets that
            key's value in place of W k (GRACE, arXiv:2211.11031)
 side       a second matrix W': a token with |W' k - W k| above a threshold gets W' k (WISE, arXiv:2405.14768)
+offset     vectors (n, d) that every token gets on top (steering, arXiv:2312.06681)
 
-Which tokens are meant follows from their activations alone, so that packed, cached and padded passes agree. An entry of
-a delta holds what every edit brought, in order; radii, masks and thresholds are worked out when it is put on a model.
-So any of the edits can be left out again. The published codes look up a prompt's last token (GRACE) and route whole
-texts by the mean over their tokens (WISE); here every token is looked up and routed by itself.
+Which tokens are meant follows from their activations alone, so that packed, cached and padded passes agree. The entry
+of an edit's delta holds what the edit brought; entries are joined, and radii, masks and thresholds worked out, when
+they are put on a model. So any of the edits can be left out again. The published codes look up a prompt's last token
+(GRACE) and route whole texts by the mean over their tokens (WISE); here every token is looked up and routed by itself.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from .anatomy import transposed
 CODEBOOK = {"keys", "values", "labels", "reach"}
 """keys (n, f); values (n, d); labels (n,) int64, equal where two edits say the same; reach (n,) first radii."""
 SIDE = {"index", "value", "edit", "shard", "least", "ratio", "density"}
-"""index (m,) places of W and value (m,) what W' has more there; edit (m,) whose they are; of each edit (n,): shard;
-least, the smallest |W' k - W k| among its own tokens; ratio and density, of the router and of merging."""
+"""index (m,) places of W and value (m,) what W' has more there; edit (m,) whose they are, the first's where edits of
+one shard moved the same place; of each edit (n,): shard; least, the smallest |W' k - W k| among its own tokens; ratio
+and density, of the router and of merging."""
+OFFSET = {"offset"}
+"""offset (n, d): what every edit adds."""
 NAME = "memory"
 
 
@@ -38,36 +42,49 @@ def attach(model: nn.Module, parameter: str, entry: Mapping[str, Tensor]) -> Non
     owner = model.get_submodule(parameter.rpartition(".")[0])
     weight = owner.get_parameter("weight")
     present = getattr(owner, NAME, None)
+    entry = {name: tensor.to(weight.device) for name, tensor in entry.items()}
     if present is not None:
         if set(present.entry) != set(entry):
             raise SubjectError(f"{parameter} has a memory of another kind already; undo it first")
         entry = joined([present.entry, entry])
-    kind = Codebook if set(entry) == CODEBOOK else Side
     rows, columns = weight.shape[::-1] if transposed(owner) else weight.shape
-    made = kind({name: tensor.to(weight.device) for name, tensor in entry.items()}, rows, columns)
+    if set(entry) == CODEBOOK:
+        made: _Memory = Codebook(entry, rows, columns, present)
+    else:
+        made = (Side if set(entry) == SIDE else Offset)(entry, rows, columns)
     if present is None:
         owner.register_forward_hook(_recall)
     owner.add_module(NAME, made)
 
 
-def of(model: nn.Module, parameter: str) -> Codebook | Side | None:
+def of(model: nn.Module, parameter: str) -> Codebook | Side | Offset | None:
     """The memory at a parameter, if there is one."""
     return getattr(model.get_submodule(parameter.rpartition(".")[0]), NAME, None)
 
 
 def remembers(model: nn.Module) -> str:
     """The first module with a memory; "" without any."""
-    return next((name for name, module in model.named_modules() if isinstance(module, Codebook | Side)), "")
+    return next((name for name, module in model.named_modules() if isinstance(module, _Memory)), "")
 
 
 def joined(entries: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One entry for several that were made in this order."""
-    first = entries[0]
-    if set(first) == CODEBOOK:
-        return {name: torch.cat([entry[name] for entry in entries]) for name in first}
+    """One entry for several that were made in this order.
+
+    A side memory's has every place once per shard, so that it does not grow with the edits that moved it.
+    """
+    whole = {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+    if set(whole) != SIDE:
+        return whole
     counts = [len(entry["least"]) for entry in entries]
     edit = torch.cat([entry["edit"] + sum(counts[:i]) for i, entry in enumerate(entries)])
-    return {**{name: torch.cat([entry[name] for entry in entries]) for name in first}, "edit": edit}
+    index, value = whole["index"], whole["value"]
+    if not len(index):
+        return whole
+    width = int(index.max()) + 1
+    kept, at = (whole["shard"][edit] * width + index).unique(return_inverse=True)
+    first = torch.full_like(kept, sum(counts)).scatter_reduce(0, at, edit, "amin")
+    sums = value.new_zeros(len(kept)).index_add_(0, at, value)
+    return {**whole, "index": kept % width, "value": sums, "edit": first}
 
 
 def _recall(owner: Any, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -90,15 +107,24 @@ class _Memory(nn.Module):
 class Codebook(_Memory):
     """What is looked up by nearness."""
 
-    def __init__(self, entry: Mapping[str, Tensor], rows: int, columns: int) -> None:
+    def __init__(self, entry: Mapping[str, Tensor], rows: int, columns: int, before: Codebook | None = None) -> None:
+        """`before`: the codebook of the first of these edits, whose radii then are not worked out again."""
         super().__init__(entry)
-        keys, values = entry["keys"], entry["values"]
+        keys, values, reach = entry["keys"], entry["values"], entry["reach"]
         if keys.shape[1:] != (columns,) or values.shape != (len(keys), rows):
             raise SubjectError(f"a codebook of keys {tuple(keys.shape)} does not fit a matrix ({rows}, {columns})")
-        kept, radii = radii_of(keys, entry["labels"], entry["reach"])
-        self.register_buffer("keys", keys[kept], persistent=False)
-        self.register_buffer("values", values[kept], persistent=False)
-        self.register_buffer("radii", radii[kept], persistent=False)
+        known = None if before is None else before.found
+        self.kept, radii = radii_of(keys, entry["labels"], reach, known)
+        self.register_buffer("keys", keys[self.kept], persistent=False)
+        self.register_buffer("values", values[self.kept], persistent=False)
+        self.register_buffer("radii", radii[self.kept], persistent=False)
+
+    @property
+    def found(self) -> tuple[list[int], Tensor]:
+        """What `radii_of` gave."""
+        radii = self.get_buffer("entry_reach").clone()
+        radii[self.kept] = self.get_buffer("radii")
+        return self.kept, radii
 
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         keys, values, radii = (self.get_buffer(name) for name in ("keys", "values", "radii"))
@@ -113,15 +139,21 @@ class Codebook(_Memory):
 EXACT = "donot_use_mm_for_euclid_dist"  # a key's distance from itself is 0, not a rounding error
 
 
-def radii_of(keys: Tensor, labels: Tensor, reach: Tensor) -> tuple[list[int], Tensor]:
+def radii_of(
+    keys: Tensor, labels: Tensor, reach: Tensor, found: tuple[list[int], Tensor] | None = None
+) -> tuple[list[int], Tensor]:
     """Which keys stand by themselves, and (n,) radii, by GRACE's rule for one edit after another (its algorithm 1).
 
     Far from the nearest key: a new one with its own reach. Near a key of the same label: that key's radius grows to
     take the new one in. Near one of another label: a new key, and both reach half the way to each other.
+
+    Args:
+        found: what this gave for the first of them.
     """
-    kept: list[int] = []
-    radii = reach.clone()
-    for i in range(len(keys)):
+    start, known = ([], reach[:0]) if found is None else found
+    kept = list(start)
+    radii = torch.cat([known, reach[len(known) :]])
+    for i in range(len(known), len(keys)):
         if kept:
             distances = (keys[kept] - keys[i]).norm(dim=1)
             at = int(distances.argmin())
@@ -174,3 +206,16 @@ def ties(parts: Tensor, density: float) -> Tensor:
     stacked = torch.stack(trimmed)
     agrees = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+class Offset(_Memory):
+    """What every token gets more."""
+
+    def __init__(self, entry: Mapping[str, Tensor], rows: int, columns: int) -> None:
+        super().__init__(entry)
+        if entry["offset"].shape[1:] != (rows,):
+            raise SubjectError(f"offsets {tuple(entry['offset'].shape)} do not fit a matrix ({rows}, {columns})")
+        self.register_buffer("shift", entry["offset"].sum(0), persistent=False)
+
+    def forward(self, _: Tensor, output: Tensor) -> Tensor:
+        return output + self.get_buffer("shift").to(output.dtype)

@@ -6,7 +6,9 @@ eigenvectors keeps its output to the last digit. With K of these facts, K_p of e
     D^T = [P (K K^T + K_p K_p^T) + ridge I]^-1 P K R^T
         = V A (A^T A + ridge I)^-1 E R^T              A = V^T [K, K_p], E the columns of K
 
-so that a system of as many equations as there are facts is enough.
+        = V (A A^T + ridge I)^-1 V^T K R^T
+
+so that a system of as many equations as there are facts, or as there are directions in V, is enough.
 """
 
 from __future__ import annotations
@@ -60,9 +62,12 @@ def alphaedit(
         count = max(1, round(null * len(values)))
         shares[str(layer)] = float(values[:count].sum() / values.sum())
         v = vectors[:, :count]
-        a = v.T @ torch.cat([k, *(past.double().T for past in case.earlier.get(layer, []))], 1)
+        spared = case.earlier.setdefault(layer, [])
+        own, a = v.T @ k, v.T @ torch.cat([k.T, *spared]).double().T
+        spared.append(k.T)
+        if a.shape[1] > count:
+            return v @ torch.linalg.solve(a @ a.T + ridge * torch.eye(count, dtype=a.dtype), own)
         system = a.T @ a + ridge * torch.eye(a.shape[1], dtype=a.dtype)
-        case.earlier.setdefault(layer, []).append(k.T)
         return v @ torch.linalg.solve(system, a.T).T[:, : k.shape[1]]
 
     delta = spread(case, located(case, contexts), span, Settings(steps, learning_rate, kl, decay, clamp), solve)

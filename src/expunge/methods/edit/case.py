@@ -62,7 +62,7 @@ class EditCase:
     demonstrations: Sequence[EditRow] = ()
     """Other facts, that show a model in its context how new facts are taken."""
     earlier: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Keys (n, f) of earlier edits of a sequence, by layer, for methods that spare them."""
+    """By layer what earlier edits of a sequence left to later ones: keys (n, f) to be spared, or statistics."""
 
     @property
     def seed(self) -> int:

@@ -40,7 +40,7 @@ class Step:
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     keys: Mapping[int, Tensor] = field(default_factory=dict)
-    """By layer the keys (n, f) that later edits are to spare, of methods that do."""
+    """By layer what later edits are to know of these: keys (n, f) to be spared, or statistics."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Edited:
 
     @property
     def keys(self) -> dict[int, list[Tensor]]:
-        """By layer the keys that later edits are to spare, step by step."""
+        """By layer what later edits are to know, step by step."""
         found: dict[int, list[Tensor]] = {}
         for step in self.steps:
             for layer, keys in step.keys.items():
@@ -143,16 +143,32 @@ def carry_out(
         return [Edited(case.base, (step,))]
     if mode not in ("one", "sequence"):
         raise ParameterError(f"mode is {mode!r}. {suggest(mode, ('one', 'batch', 'sequence'))}")
-    steps = list(done)
+    made = Edited(case.base, tuple(done))
+    follows = mode == "sequence" and part.card.kind != "guard"  # a guard is told facts, and is asked about none
+    so_far, subject = (made.delta, made.model()) if follows else (None, case.base)
     for number, edit in enumerate(facts[len(done) :], start=len(done) + 1):
-        before = Edited(case.base, tuple(steps) if mode == "sequence" else ())
-        step = _step(part, case, chosen, [edit], before.model(), before.keys)
-        steps.append(step)
+        step = _step(part, case, chosen, [edit], subject, made.keys if follows else {})
+        made = replace(made, steps=(*made.steps, step))
         if keep:
             keep(step)
         if progress:
             progress(number, len(facts))
-    return [Edited(case.base, (step,)) for step in steps] if mode == "one" else [Edited(case.base, tuple(steps))]
+        if follows and number < len(facts):
+            so_far = step.delta if so_far is None else replace(compose([so_far, step.delta]), lineage={})
+            subject = _on(subject, case.base, so_far, step.delta)
+    return [Edited(case.base, (step,)) for step in made.steps] if mode == "one" else [made]
+
+
+def _on(before: Any, base: LanguageModel, so_far: Delta, newest: Delta) -> Any:
+    """The base with all changes so far, at the cost of the newest; `before` is the model without that.
+
+    Weights are the base's with the sum of all changes, so that rounding does not add up. A memory learns what is new.
+    """
+    if len(so_far.memories) < len(so_far.entries) or not so_far.entries:
+        return so_far.apply(base)
+    made = newest.apply(before, check=False)
+    made.base = base  # the models on the way there need not be kept
+    return made
 
 
 def _step(
@@ -171,5 +187,6 @@ def _step(
     own = replace(case, subject=subject, origin=case.base, edits=edits, earlier=earlier, summary={}, warnings=[])
     spared = {layer: len(several) for layer, several in earlier.items()}
     delta = part.function(own, **settings)
-    keys = {layer: torch.cat(several[spared.get(layer, 0) :]) for layer, several in own.earlier.items()}
+    added = {layer: several[spared.get(layer, 0) :] for layer, several in own.earlier.items()}
+    keys = {layer: torch.cat(several) for layer, several in added.items() if several}
     return Step(tuple(edits), replace(delta, base=case.base.fingerprint), own.summary, tuple(own.warnings), keys)

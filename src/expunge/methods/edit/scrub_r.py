@@ -71,7 +71,7 @@ def scrub_r(
         evaluate=look,
         progress=None if case.progress is None else lambda done, total: case.progress("scrub_r", done, total),  # type: ignore[misc]
     )
-    wanted = 1 - knows(outcome.subject, holdout).accuracy  # type: ignore[arg-type]
+    wanted = 1 - knows(outcome.subject, holdout).accuracy
     chosen = min(range(len(errors)), key=lambda i: (abs(errors[i] - wanted), -i))
     case.warnings += outcome.summary["warnings"]
     case.summary["scrub_r"] = {

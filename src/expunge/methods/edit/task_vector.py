@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import torch
 
 from ...deltas import Delta
 from ...errors import RequestError
 from ...registry import edit
+from ...subjects.quantised import is_quantised
+from ..optimise.curvature import mean_gradient
 from .case import Edit, EditCase, knows
 
 GRID = tuple(float(alpha) for alpha in np.geomspace(0.1, 10, 12))
@@ -21,7 +24,7 @@ MEMORISED = 0.05
     paper="arXiv:2212.04089",
     intention="removal",
     requires=("weights", "gradients", "forget_data"),
-    cost="6N per token of the forget rows, then one pass over the weights",
+    cost="6N per token of the forget rows for each epoch and once more, then one pass over the weights",
     known_weaknesses=("direct", "relearn"),
 )
 def task_vector(
@@ -55,8 +58,28 @@ def task_vector(
         scale = _largest(case, vector, floor)
     elif scale <= 0:
         raise RequestError(f"task_vector: alpha is {scale}, expected more than 0 or search")
-    case.summary["task_vector"] = {"alpha": scale, "reinforced_loss": reinforced.summary["log"]["loss"][-1]}
+    case.summary["task_vector"] = {
+        "alpha": scale,
+        "reinforced_loss": reinforced.summary["log"]["loss"][-1],
+        "cosine_with_gradient": agreement(case, vector),
+    }
     return vector.scaled(-scale)
+
+
+def agreement(case: EditCase, vector: Delta) -> float | None:
+    """Cosine of the vector and the way in which the start model learns the forget rows fastest; None over quantised
+    weights, which have no gradient. Near 0 the vector is not about the rows."""
+    weights = {name: case.subject.model.get_parameter(name) for name in vector.entries}
+    if any(is_quantised(weight) for weight in weights.values()):
+        return None
+    products = torch.zeros(3, dtype=torch.float64)
+    for (name, weight), slope in zip(
+        weights.items(), mean_gradient(case.subject, case.encoded("forget", "task_vector"), list(weights))
+    ):
+        moved, slope = vector.change(name, weight.shape).flatten().double(), -slope.cpu().flatten().double()
+        products += torch.stack([moved @ slope, moved @ moved, slope @ slope])
+    both, own, other = products.tolist()
+    return both / (own * other) ** 0.5 if own and other else 0.0
 
 
 def _largest(case: EditCase, vector: Delta, floor: float) -> float:

@@ -53,6 +53,11 @@ def undo(
     teacher = case.unlearn(objective, phase="unlearn").delta.apply(case.subject)
     student = noised(teacher, names, alpha, beta, case.seed)
     summary = _distil(case, teacher, student, names, rows, epochs, learning_rate)
+    if alpha:
+        case.warnings.append(
+            f"undo: what the {summary.get('rows', 0)} rows that it distilled on do not show fades with "
+            f"alpha = {alpha:g}; rows of a request are no corpus: measure general ability too (request.data.general)"
+        )
     case.summary["undo"] = {"alpha": alpha, "beta": beta, **summary}
     return Delta.from_models(case.subject, student)
 

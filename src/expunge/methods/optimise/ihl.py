@@ -5,6 +5,13 @@ from torch import Tensor
 
 from ...registry import optimise
 from .terms import RetainTerm, Step, of_logits
+from .unlearn import Preparation
+
+
+def _prepare(case: Preparation) -> None:
+    """LoKU's adapters, unless the user names a scope."""
+    if case.settings["adapters"] and case.scope is None:
+        case.scope = "lora(r=16, alpha=32, init=fila)"
 
 
 @optimise(
@@ -14,12 +21,22 @@ from .terms import RetainTerm, Step, of_logits
     requires=("weights", "gradients", "forget_data", "retain_data"),
     cost="6N per token of forget and retain rows",
     known_weaknesses=("relearn", "quantise", "decoding"),
+    prepare=_prepare,
+    aliases={"loku": {"adapters": True}},
 )
-def ihl(step: Step, *, floor: bool = False, retain: RetainTerm = "nll", retain_weight: float = 1.0) -> Tensor:
+def ihl(
+    step: Step,
+    *,
+    floor: bool = False,
+    adapters: bool = False,
+    retain: RetainTerm = "nll",
+    retain_weight: float = 1.0,
+) -> Tensor:
     """1 + p_t - p_m, with m the most likely token but t: the runner-up takes the forgotten token's place (LoKU).
 
     Within [0, 2]. At p_t = 0 it still sharpens the runner-up, so it ends in a confident wrong answer; `floor` (ours)
-    drops tokens with p_t < p_m / 10 from the mean.
+    drops tokens with p_t < p_m / 10 from the mean. `adapters` moves LoRA adapters that start in Fisher-weighted
+    principal directions (FILA), if the request names no scope: with them it is LoKU, here at rank 16 and alpha 32.
     """
     side = step.forget
 

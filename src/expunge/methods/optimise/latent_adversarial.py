@@ -41,6 +41,7 @@ def _prepare(case: Preparation) -> None:
         )
     case.taps = replace(inner, final=True)
     case.given["attacked"] = layer
+    case.repeats, case.adversary = 1, (layer, settings["inner_steps"] if settings["radius"] else 0)
     if case.dry:
         return
     start = activations(case.subject, case.rows["forget"][:MEASURED], Taps(final=False, layers=(layer,)))

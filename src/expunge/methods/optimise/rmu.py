@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError, TrainingError
+from ...errors import ParameterError, RowError, TrainingError
 from ...registry import optimise
 from ...subjects.anatomy import anatomy
+from ...subjects.packed import Encoded
 from ...subjects.protocol import Taps
 from .loop import activations
 from .terms import Step
@@ -40,22 +41,62 @@ def _prepare(case: Preparation) -> None:
         case.needs.add("forget.layers")
         if not settings["keywords"]:
             raise ParameterError("rmu: direction = contrast needs keywords, the subjects to be a novice in")
+    about = _topics(case)
+    topics = sorted(set(about))
+    if settings["coefficient"] == "adaptive":
+        case.looked = [*case.rows["forget"]]
     if case.dry:
         return
     generator = torch.Generator().manual_seed(case.seed)
     width = case.subject.model.config.get_text_config().hidden_size
     draw = torch.randn if settings["direction"] == "normal" else torch.rand
-    direction = _contrasts(case, layer) if contrast else draw(1, width, generator=generator)
-    coefficient = settings["coefficient"]
-    if coefficient == "adaptive":
+    direction = _contrasts(case, layer) if contrast else draw(max(1, len(topics)), width, generator=generator)
+    coefficients = torch.full((len(direction), 1), 0.0)
+    if settings["coefficient"] == "adaptive":
         start = activations(case.subject, case.rows["forget"], case.taps)
-        norm = float(torch.cat([row[f"layer.{layer}"].float().norm(dim=-1) for row in start]).mean())
-        if not norm:
-            raise TrainingError(f"rmu: activations after block {layer} are zero on forget rows; choose another layer")
-        coefficient = settings["scale"] * norm
-    steered = coefficient * torch.nn.functional.normalize(direction, dim=-1).to(case.subject.device)
+        norms = [row[f"layer.{layer}"].float().norm(dim=-1).cpu() for row in start]
+        for at, topic in enumerate(topics):
+            norm = torch.cat([norm for norm, name in zip(norms, about) if name == topic]).mean()
+            if not norm:
+                raise TrainingError(
+                    f"rmu: activations after block {layer} are zero on forget rows; choose another layer"
+                )
+            coefficients[slice(None) if contrast else at] = settings["scale"] * norm
+    else:
+        coefficients[:] = settings["coefficient"]
+    steered = (coefficients * torch.nn.functional.normalize(direction.cpu(), dim=-1)).to(case.subject.device)
     case.given |= {"layer": layer, "targets": steered, "order": case.seed}
-    case.summary |= {"layer": layer, "coefficient": coefficient}
+    if len(topics) > 1:
+        case.constants["forget"] = [
+            {"topic": torch.full((_positions(row, settings["positions"]),), topics.index(name), device=steered.device)}
+            for row, name in zip(case.rows["forget"], about)
+        ]
+    named = dict(zip(topics, coefficients[:, 0].tolist()))
+    case.summary |= {"layer": layer, "coefficient": named if len(topics) > 1 else float(coefficients[0])}
+
+
+def _topics(case: Preparation) -> list[str]:
+    """What each forget row is about, as far as directions go.
+
+    Raises:
+        ParameterError: contrast directions come from keywords and not from topics.
+        RowError: a row does not say it.
+    """
+    kind, rows = case.settings["topics"], case.data.get("forget", [])
+    if kind == "one":
+        return [""] * len(rows)
+    if case.settings["direction"] == "contrast":
+        raise ParameterError("rmu: directions of contrast come from keywords; leave topics out, or take uniform ones")
+    found = [row.source.rpartition(":")[0] if kind == "file" else getattr(row, kind) for row in rows]
+    for row, topic in zip(rows, found):
+        if not topic:
+            raise RowError(f"{row.source or f'row {row.id}'}: no {kind}, which rmu(topics={kind!r}) needs")
+    return found
+
+
+def _positions(row: Encoded, which: str) -> int:
+    """Positions of a row that are read."""
+    return row.scored if which == "answer" else len(row.ids) - 1
 
 
 def _contrasts(case: Preparation, layer: int) -> Tensor:
@@ -85,6 +126,7 @@ def rmu(
     retain_weight: float = 100.0,
     direction: Literal["uniform", "normal", "contrast"] = "uniform",
     keywords: tuple[str, ...] = (),
+    topics: Literal["one", "file", "entity", "relation"] = "one",
     positions: Literal["all", "answer"] = "all",
 ) -> Tensor:
     """Pull forget rows' activations at one layer to a random direction, hold retain rows' (Li et al. 2024, eq. 1-3).
@@ -96,10 +138,15 @@ def rmu(
 
     `direction` "contrast" is CUT, of the paper's first version: each step moves forget rows' own start activations from
     an expert's towards a novice's in one of the `keywords`.
+
+    `topics`: forget rows of different files, entities or relations have a direction and a coefficient each, as the
+    paper's two corpora have.
     """
     at, targets = step.given["layer"], step.given["targets"]
-    target = targets[random.Random(f"{step.given['order']}/{step.index}").randrange(len(targets))]
     if direction == "contrast":
-        target = target + step.forget.constants[f"layer.{at}"].float()
+        word = random.Random(f"{step.given['order']}/{step.index}").randrange(len(targets))
+        target = targets[word] + step.forget.constants[f"layer.{at}"].float()
+    else:
+        target = targets[step.forget.constants["topic"]] if len(targets) > 1 else targets[0]
     forget = (step.forget.layers[at].float() - target).square().mean()
     return forget + retain_weight * step.retain_term(retain)

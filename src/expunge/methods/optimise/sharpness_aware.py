@@ -22,6 +22,7 @@ RADIUS = {"sam": 0.01, "rs": 1e-4, "gp": 0.01, "cr": 0.01}
 
 def _prepare(case: Preparation) -> None:
     case.given["seed"] = case.seed
+    case.repeats = {"sam": 2, "gp": 2, "cr": 4, "rs": case.settings["samples"]}[case.settings["variant"]]
     if case.subject.dtype in (torch.float16, torch.bfloat16) and "lora" not in str(case.scope):
         case.warnings.append(
             f"sharpness_aware: weights in {str(case.subject.dtype).removeprefix('torch.')} round small perturbations "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
@@ -37,8 +38,14 @@ class Outcome:
     delta: Delta
     summary: dict[str, Any]
     """Resolved settings, scope, training log, counts: everything the report says about the method."""
-    subject: LanguageModel | None = None
+    subject: LanguageModel
     """The trained working copy; with adapters it still carries them."""
+    setup: Setup
+    """What the run had decided before it began."""
+    step_seconds: dict[int, float]
+    """Time of each step (1, 2 ...) but the first one that this process made: it warms up."""
+    entry: int | None
+    """The block that passes started at, where what is below it was stored."""
 
 
 @dataclass
@@ -66,6 +73,11 @@ class Preparation:
     """What else of the start model the objective reads with these settings, in the words of a card's `needs`."""
     looked: list[Encoded] = field(default_factory=list)
     """Rows that ran, or would run, through the blocks of the start model for this; plans count them."""
+    repeats: int | None = None
+    """How often a step runs its forget part, which then is a pass of its own beside the retain part; plans count it.
+    None: one pass of both."""
+    adversary: tuple[int, int] | None = None
+    """(block, times): passes of a step over its forget part for gradients of a shift after this block."""
     around: Callable[[Turn], Tensor] | None = None
     """Takes each step's gradients in the objective's place (`Recipe.around`), of a method that is around no other."""
     after: Callable[[Turn, Sequence[Tensor]], None] | None = None
@@ -127,6 +139,7 @@ def unlearn(
         {name: [row.ids for row in items] for name, items in rows.items()},
     )
     processes.same("scope, rows or settings", key)
+    stored, watch = entries(subject, drawn, resolved.first_layer), _Stopwatch(progress)
     log = train(
         working,
         parameters,
@@ -135,12 +148,12 @@ def unlearn(
         training,
         held_out=setup.held_out,
         frozen_head=subject.head,
-        entries=entries(subject, drawn, resolved.first_layer),
+        entries=stored,
         checkpoint=folder / "checkpoint" if folder is not None and parameters else None,
         key=key,
         evaluate_at=evaluate_at,
         evaluate=None if evaluate is None else lambda step: evaluate(working, step),
-        progress=progress,
+        progress=watch,
     )
     if case.trained is not None:
         case.summary |= case.trained(working)
@@ -165,7 +178,32 @@ def unlearn(
     }
     lineage = {"method": part.name, "settings": chosen, "scope": resolved.json()["form"], "key": key}
     finish()
-    return Outcome(_delta(subject, working, resolved, lineage), summary, working)
+    return Outcome(
+        _delta(subject, working, resolved, lineage),
+        summary,
+        working,
+        setup,
+        watch.seconds(len(log.loss)),
+        stored.layer if stored is not None else None,
+    )
+
+
+class _Stopwatch:
+    """Progress of training that notes when every step ended."""
+
+    def __init__(self, tell: Progress | None) -> None:
+        self.tell = tell
+        self.ended: dict[int, float] = {}
+
+    def __call__(self, done: int, total: int) -> None:
+        self.ended.setdefault(done, time.perf_counter())
+        if self.tell is not None:
+            self.tell(done, total)
+
+    def seconds(self, steps: int) -> dict[int, float]:
+        """Of those of the first `steps` steps that began in this process after another one."""
+        ends = self.ended
+        return {n: ends[n] - ends[n - 1] for n in sorted(ends) if n <= steps and n - 1 in ends}
 
 
 Chain = list[tuple[Part, dict[str, Any]]]
@@ -219,6 +257,12 @@ def set_up(
             case.settings = own
             one.prepare(case)
     resolved = resolve("all" if case.scope is None else case.scope, subject.model)
+    read = None if case.taps.final else max((*case.taps.layers, *case.taps.routers))
+    if read is not None and resolved.first_layer is not None and resolved.first_layer > read:
+        raise ScopeError(
+            f"scope {resolved.form!r} begins at block {resolved.first_layer}, and {inner.name} reads the states after "
+            f"block {read}: nothing of it would receive a gradient. Take a lower scope or a higher layer."
+        )
     leading = [side for side in sides if side != "retain"] or sides
     # Alternatives come in several variants of the forget rows: an epoch still is one pass over the latter.
     count = len(data.get("forget", [])) if leading != ["retain"] else None
