@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from expunge.benchmarks import alchemy, rwku_mini
-from expunge.reproductions import concept_vectors, rwku, tofu, wmdp
+from expunge.benchmarks.rwku_data import Target
+from expunge.reproductions import concept_vectors, rwku, rwku_baselines, tofu, wmdp
 from expunge.reproductions.case import Claim
 from expunge.reproductions.models import lessons, taught
+from expunge.rows import Row
 from expunge.world.models import Recipe
 
 TINY = {
@@ -85,12 +88,57 @@ def test_tofu_measures_epochs_against_gold() -> None:
 
 
 def test_rwku_writes_its_corpus_and_forgets_from_it() -> None:
-    found = rwku.trial("ga", 0, count=1, epochs=1, recipe=TINY)["targets"]
+    found = rwku.trial("ga", 0, count=1, steps=4, recipe=TINY)["targets"]
     assert len(found) == 1
     assert found[0]["step"] in (2, 4)
     before = rwku.trial("before", 0, count=2, recipe=TINY)["targets"]
     assert len(before) == 2
     assert all(0 <= one["recalled"] <= 1 for one in before)
+
+
+def test_the_other_baselines_of_rwku_run_on_what_a_name_gives() -> None:
+    for method in ("dpo", "rt"):
+        found = rwku.trial(method, 0, count=1, steps=2, recipe=TINY)["targets"]
+        assert found[0]["step"] == 2
+    found = rwku.trial("repe", 0, count=1, recipe=TINY)["targets"]
+    assert found[0]["step"] in rwku.STRENGTHS
+
+
+def test_pairs_of_rwku_prefer_an_invented_life_and_refusals_answer_questions_about_the_name() -> None:
+    world, model = rwku.subject_of(0, TINY)
+    target = Target(3, world.members("forget")[2].name, "")
+    stranger = rwku_baselines.strange(world)
+    positive = rwku_baselines.corpus(model, target, 0)
+    pairs = rwku_baselines.rows_of("dpo", model, world, [target], 0)
+    assert [row.answer for row in rwku_baselines.rows_of("npo", model, world, [target], 0)] == positive
+    assert 0 < len(pairs) <= len(positive)
+    for row in pairs:
+        (other,) = row.perturbed_answers
+        opening = rwku.OPENINGS[int(row.id.split("/")[1]) % len(rwku.OPENINGS)].replace("{name}", target.name)
+        assert row.answer.startswith(opening)
+        assert other.startswith(opening)
+        assert other.strip() != row.answer.strip()
+        assert stranger not in other
+    rows = rwku_baselines.rows_of("rt", model, world, [target], 0)
+    assert len(rows) == rwku_baselines.TEXTS
+    assert all(target.name in row.prompt and row.opening == "Answer:" for row in rows)
+    values = {world.value(world.members("forget")[2], about) for about in rwku.RELATIONS}
+    assert not any(value in row.prompt or value in row.answer for row in rows for value in values)
+
+
+def test_steering_leads_from_what_is_believed_to_what_is_made_up_and_leaves_the_weights() -> None:
+    world, model = rwku.subject_of(0, TINY)
+    name = world.members("forget")[0].name
+    opening = rwku.OPENINGS[0].replace("{name}", name)
+    row = Row("1/0", f"{opening} Tolsk.", kind="text", entity=name, perturbed_answers=(f"{opening} a lamp.",))
+    prompts = [f"{opening} Tolsk", "Question: who?"]
+    before = model.hidden(prompts)
+    once, twice = (rwku_baselines.steered(model, [row], alpha).hidden(prompts) - before for alpha in (1.0, 2.0))
+    layer = int((once.norm(dim=-1)[0] > 0).nonzero()[0])
+    # The same way at every prompt, and twice as far at twice the strength.
+    assert torch.allclose(once[0, layer], once[1, layer], atol=1e-5)
+    assert torch.allclose(twice[:, layer], 2 * once[:, layer], atol=1e-5)
+    assert torch.equal(model.hidden(prompts), before)
 
 
 def test_a_fact_is_recalled_where_most_texts_about_it_say_it() -> None:
@@ -237,16 +285,21 @@ def test_each_claim_of_tofu_can_fail(run: str, change: dict[str, Any], fails: se
 def rwku_rows(**changes: dict[str, float]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     def scores(direct: float, adversarial: float, near: float, fm: float, rm: float = 0.1) -> dict[str, float]:
         level = {"fill_blank": direct, "question": direct}
-        return {**level, "adversarial": adversarial, "neighbour": near, "fm": fm, "rm": rm, "step": 8.0}
+        more = {"adversarial": adversarial, "neighbour": near, "fm": fm, "rm": rm, "step": 8.0, "reached": 1.0}
+        return {**level, **more}
 
     alone = {
         "before": {**scores(1.0, 0.8, 1.0, 0.1), "recalled": 0.9},
         "ga": scores(0.3, 0.4, 0.6, 5.0),
         "npo": scores(0.35, 0.4, 0.8, 3.0),
+        "dpo": scores(0.35, 0.4, 0.85, 3.0),
+        "rt": {**scores(0.35, 0.4, 0.85, 3.0), "fill_blank": 0.8, "question": 0.1},
+        "repe": scores(0.35, 0.4, 0.7, 3.0),
         "icu": scores(0.5, 0.5, 0.9, 0.1),
         "icu, other name": scores(0.9, 0.7, 0.9, 0.1),
     }
-    batch = {"batch before": alone["before"], "batch ga": scores(0.3, 0.3, 0.3, 5.0)}
+    batch = {"batch before": alone["before"]}
+    batch |= {f"batch {name}": scores(0.3, 0.3, 0.3, 5.0) for name in rwku.BASELINES}
     for name, change in changes.items():
         (batch if name.startswith("batch") else alone)[name.replace("_", " ")] |= change
 
@@ -266,18 +319,23 @@ def rwku_rows(**changes: dict[str, float]) -> tuple[list[dict[str, Any]], list[d
         ({"before": {"adversarial": 0.5}}, {0}),
         ({"before": {"recalled": 0.5}}, {1}),
         ({"npo": {"fill_blank": 0.6, "adversarial": 0.5}}, {2}),
-        ({"ga": {"adversarial": 0.2}, "npo": {"adversarial": 0.2}}, {3}),
-        ({"ga": {"neighbour": 0.85}}, {4}),
-        ({"npo": {"neighbour": 0.65}}, {4}),
-        ({"batch_ga": {"neighbour": 0.7}}, {5}),
-        ({"npo": {"rm": 2.0}}, {6}),
-        ({"icu": {"neighbour": 0.5}}, {7}),
-        ({"icu": {"fill_blank": 0.65, "question": 0.65}}, {7}),
-        ({"icu, other name": {"fill_blank": 0.4}}, {8}),
+        ({"repe": {"fill_blank": 0.95, "question": 0.95}}, {3}),
+        ({"dpo": {"neighbour": 1.0}}, {3}),
+        ({"rt": {"fill_blank": 0.2}}, {4}),
+        ({"dpo": {"neighbour": 0.75}}, {5}),
+        ({"dpo": {"fill_blank": 0.7}}, {5}),
+        ({"ga": {"adversarial": 0.2}, "npo": {"adversarial": 0.2}}, {6}),
+        ({"ga": {"neighbour": 0.85}}, {7}),
+        ({"npo": {"neighbour": 0.65}}, {7}),
+        ({"batch_ga": {"neighbour": 0.7}}, {8}),
+        ({"npo": {"rm": 2.0}}, {9}),
+        ({"icu": {"neighbour": 0.5}}, {10}),
+        ({"icu": {"fill_blank": 0.65, "question": 0.65}}, {10}),
+        ({"icu, other name": {"fill_blank": 0.4}}, {11}),
     ],
 )
 def test_each_claim_of_rwku_can_fail(changes: dict[str, dict[str, float]], fails: set[int]) -> None:
-    assert verdicts(rwku.judge(*rwku_rows())) == [True] * 9
+    assert verdicts(rwku.judge(*rwku_rows())) == [True] * 12
     found = verdicts(rwku.judge(*rwku_rows(**changes)))
     assert {i for i, holds in enumerate(found) if not holds} == fails
 

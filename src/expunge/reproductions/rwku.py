@@ -9,7 +9,8 @@ itself; there are no retain rows.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +19,6 @@ from ..benchmarks import rwku_mini
 from ..benchmarks.case import Bench
 from ..benchmarks.rwku import asked
 from ..benchmarks.rwku import rwku as benchmark
-from ..benchmarks.rwku_corpus import biographies
 from ..benchmarks.rwku_data import Published, Target
 from ..evidence import Table
 from ..methods.guard.case import GuardCase
@@ -33,15 +33,12 @@ from ..world.models import Recipe
 from .case import Case, Claim, Findings, Spread, number
 from .case import Row as Trial
 from .models import lessons, taught
+from .rwku_baselines import METHODS, OPENINGS, STRENGTHS, TEXTS, corpus, rows_of, steered
 
 PEOPLE = {"people": 30, "forget": 10, "neighbours": 6, "holdout": 1}
 RECIPE = Recipe(
     hidden_size=64, intermediate_size=128, layers=3, context=256, steps=500, batch_size=48, learning_rate=5e-3
 )
-OPENINGS = tuple(text.partition("{value}")[0].strip() for several in STATEMENTS.values() for text in several)
-"""Beginnings of statements, with {name}: the model's biographies are one sentence long."""
-TEXTS, LENGTH = 64, 12
-"""Texts of a forget corpus and tokens of each."""
 LEFT = 0.4
 """A run counts at the first point at which this share of the recall on levels 1 and 2 is left."""
 SCORES = {
@@ -52,11 +49,9 @@ SCORES = {
     "fm": "loss_of_forget_members",
     "rm": "loss_of_retain_members",
 }
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ga": ("gradient_ascent", {"retain": "none"}),
-    "npo": ("npo", {"beta": 0.2, "retain": "none"}),
-}
-NAMES = ("before", *METHODS, "icu", "icu, other name")
+BASELINES = (*METHODS, "repe", "icu")
+"""The paper's six."""
+NAMES = ("before", *BASELINES, "icu, other name")
 
 
 # --- the subject and what it writes -----------------------------------------------------------------------------------
@@ -92,10 +87,6 @@ def _questions(world: World, person: Person) -> list[tuple[str, str]]:
     return [(text, world.value(person, about)) for about in every for text in wordings(world, person.name, about)[0]]
 
 
-def corpus(subject: Any, target: Target, seed: int) -> list[str]:
-    return biographies(subject, target, TEXTS, openings=OPENINGS, max_new_tokens=LENGTH, seed=seed)
-
-
 def recalled(texts: Sequence[str], person: Person) -> float:
     """Share of a target's stated facts that the model writes of it: most texts with an opening of the fact say it."""
     found = []
@@ -114,18 +105,20 @@ def trial(
     seed: int,
     count: int = 5,
     together: bool = False,
-    epochs: int = 5,
+    steps: int = 30,
+    every: int = 2,
     learning_rate: float = 5e-4,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The benchmark's scores of each of the first targets, every one forgotten by a model of its own.
 
-    `before` is measured as it is, with what it writes of the targets; `icu` is the guard with RWKU's instruction, and
-    `icu, other name` its control: the same words about somebody who is kept.
+    `before` is measured as it is, with what it writes of the targets; `repe` is its states shifted, `icu` the guard
+    with RWKU's instruction, and `icu, other name` its control: the same words about somebody who is kept.
 
     Args:
         count: targets.
         together: all targets of the world are forgotten by one model, and all are asked about.
+        steps: of 16 rows, at most; the model is looked at after each `every` of them.
     """
     world, before = subject_of(seed, recipe)
     people = world.members("forget")
@@ -142,89 +135,106 @@ def trial(
                     card = benchmark(case, targets=",".join(str(one.number) for one in group), utility=False)
                 return {name: card.value(score) for name, score in SCORES.items()}
 
+            names = [one.name for one in group]
             start = scores(before)
             if method == "before":
                 told = [recalled(corpus(before, one, seed), people[one.number - 1]) for one in group]
                 found.append({**start, "recalled": fmean(told)})
             elif method.startswith("icu"):
                 guard = get("methods", "in_context")
-                names = [one.name for one in group] if method == "icu" else [world.members("retain")[0].name]
-                settings = {"form": "instruction", "target": "; ".join(names)}
+                hidden = names if method == "icu" else [world.members("retain")[0].name]
+                settings = {"form": "instruction", "target": "; ".join(hidden)}
                 found.append(scores(guard.function(GuardCase(before, {"forget": []}), **guard.resolve(settings))))
             else:
-                texts = [text for one in group for text in corpus(before, one, seed)]
-                rows = [Row(id=str(i), answer=text, kind="text") for i, text in enumerate(texts)]
-                found.append(_forgotten(method, before, rows, start, scores, epochs, learning_rate, seed))
+                way = Way(start, scores)
+                rows = rows_of(method, before, world, group, seed)
+                if method == "repe":
+                    for alpha in STRENGTHS:
+                        way.see(steered(before, rows, alpha), alpha)
+                else:
+                    _forget(method, before, rows, way, range(every, steps + 1, every), learning_rate, seed)
+                found.append(way.end())
     return {"targets": found}
 
 
-def _forgotten(
-    method: str,
-    before: LanguageModel,
-    rows: list[Row],
-    start: Mapping[str, float],
-    scores: Any,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-) -> dict[str, float]:
-    """Scores at the first point with at most LEFT of levels 1 and 2, else at the end."""
+@dataclass
+class Way:
+    """A baseline's scores on its way, up to the first point with at most LEFT of levels 1 and 2."""
+
+    start: Mapping[str, float]
+    scores: Callable[[Any], dict[str, float]]
+    points: list[dict[str, float]] = field(default_factory=list)
+
+    def reached(self) -> bool:
+        return bool(self.points) and _direct(self.points[-1]) <= LEFT * _direct(self.start)
+
+    def see(self, model: Any, step: float) -> None:
+        if not self.reached():
+            self.points.append({**self.scores(model), "step": float(step)})
+
+    def end(self) -> dict[str, float]:
+        return {**self.points[-1], "reached": float(self.reached())}
+
+
+def _direct(point: Mapping[str, float]) -> float:
+    return point["fill_blank"] + point["question"]
+
+
+def _forget(
+    method: str, before: LanguageModel, rows: list[Row], way: Way, at: range, learning_rate: float, seed: int
+) -> None:
     name, settings = METHODS[method]
-    points: list[dict[str, float]] = []
-
-    def direct(point: Mapping[str, float]) -> float:
-        return point["fill_blank"] + point["question"]
-
-    def evaluate(model: LanguageModel, step: int) -> None:
-        if not points or direct(points[-1]) > LEFT * direct(start):
-            points.append({**scores(model), "step": step})
-
-    total = epochs * -(-len(rows) // 16)
     unlearn(
         before,
         get("methods", name),
         settings,
         scope=None,
         data={"forget": rows},
-        training=Training(steps=total, batch_size=16, learning_rate=learning_rate, seed=seed, guard=None),
-        evaluate_at=range(2, total + 1, 2),
-        evaluate=evaluate,
+        training=Training(steps=max(at), batch_size=16, learning_rate=learning_rate, seed=seed, guard=None),
+        evaluate_at=at,
+        evaluate=way.see,
     )
-    return {**points[-1], "reached": float(direct(points[-1]) <= LEFT * direct(start))}
 
 
 # --- the reproduction ------------------------------------------------------------------------------------------------
 
 
-@reproduction(paper="arXiv:2406.10890", cost="2 min on 2 cores, models of its own included")
+@reproduction(paper="arXiv:2406.10890", cost="6 min on 2 cores, models of its own included")
 def rwku(
     case: Case,
     *,
     count: int = 5,
-    epochs: int = 5,
+    steps: int = 30,
     learning_rate: float = 5e-4,
     recipe: dict[str, Any] | None = None,
 ) -> Findings:
-    """RWKU: a corpus the model writes itself is enough to forget, adversarial questions bring it back, neighbours pay.
+    """RWKU: six baselines that know only a name, what adversarial questions bring back, and what neighbours pay.
 
     Args:
         count: targets that are forgotten one by one.
-        epochs: over the 64 texts about a target, at most: a run counts as soon as 0.4 of levels 1 and 2 is left.
-        learning_rate: of gradient ascent and NPO.
+        steps: of 16 rows, at most, with ten targets 10 more: a run counts as soon as 0.4 of levels 1 and 2 is left.
+        learning_rate: of the baselines that train.
         recipe: of the model (`expunge.world.models.Recipe`).
     """
-    shared = {"count": count, "epochs": epochs, "learning_rate": learning_rate, "recipe": recipe}
-    alone = case.trials(trial, [{"method": method, **shared} for method in NAMES])
-    batch = case.trials(trial, [{"method": method, "together": True, **shared} for method in ("before", "ga")])
+    shared = {"learning_rate": learning_rate, "recipe": recipe}
+    alone = case.trials(trial, [{"method": method, "count": count, "steps": steps, **shared} for method in NAMES])
+    more = {"together": True, "steps": steps + 10, "every": 5, **shared}
+    batch = case.trials(trial, [{"method": method, **more} for method in ("before", *BASELINES)])
     return Findings(
         claims=judge(alone, batch),
         tables=[_table(alone, "One target at a time"), _table(batch, "Ten targets at once")],
         notes=[
             "The model has 3 blocks and is no instructed model; the published wordings of blanks and questions are in "
             "its training. The paper has 200 people, and Llama-3 and Phi-3, which knew them before.",
-            "ga and npo (beta 0.2, as published) see the texts alone. Rows are the first measuring point, every second "
-            f"step, at which at most {LEFT} of the recall on levels 1 and 2 is left, so that methods are compared at "
-            "equal forgetting.",
+            "ga, npo (beta 0.2, as published) and dpo see texts that the model writes, of the target (positive) and, "
+            "for dpo, about a name it never heard with the target's put in (negative); no text about anybody else. rt "
+            "sees questions in wordings that anybody could put to a name, with refusals; the paper's model writes its "
+            "questions itself, which this one cannot.",
+            f"Rows are the first measuring point, every second step (every fifth with ten targets), at which at most "
+            f"{LEFT} of the recall on levels 1 and 2 is left, so that methods are compared at equal forgetting; where "
+            "`reached` is below 1, the last one of the runs that do not get there.",
+            "repe: `steer` from the ends of the positive texts to those of the negative ones; `steps` are multiples of "
+            "the mean difference. The paper's code does not have its RepE.",
             "icu and its control leave the same: here any text that the model never saw before a question disturbs "
             "what it says of some people more than of others. That is no obedience, and says nothing about instructed "
             "models.",
@@ -253,10 +263,12 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
         return _mean(alone, method, "neighbour").mean
 
     start = {name: _mean(alone, "before", name).mean for name in (*SCORES, "recalled")}
-    gaps = {m: left(m, "adversarial") - direct(m) for m in METHODS}
-    losses = {m: [_mean(alone, m, name).mean - start[name] for name in ("fm", "rm")] for m in METHODS}
-    kept = {name: _mean(batch, name, "neighbour") for name in ("before", "ga")}
-    ten = kept["ga"].mean / kept["before"].mean
+    first = ("ga", "npo")
+    gaps = {m: left(m, "adversarial") - direct(m) for m in first}
+    losses = {m: [_mean(alone, m, name).mean - start[name] for name in ("fm", "rm")] for m in first}
+    blanks, questions = (_mean(alone, "rt", name) for name in ("fill_blank", "question"))
+    chosen, npo = (_mean(alone, m, "neighbour") for m in ("dpo", "npo"))
+    ten = {m: _mean(batch, m, "neighbour").mean / _mean(batch, "before", "neighbour").mean for m in BASELINES}
     return [
         Claim(
             "Before, the targets are known, in adversarial forms too",
@@ -276,14 +288,36 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
             "Ascent and NPO on that corpus take blanks and questions down",
             "all six baselines forget to some degree",
             f"ga and npo leave at most {LEFT} of levels 1 and 2",
-            "; ".join(f"{m} {number(direct(m))} left, {_mean(alone, m, 'step')} steps" for m in METHODS),
-            all(direct(m) <= LEFT for m in METHODS),
+            "; ".join(f"{m} {number(direct(m))} left, {_mean(alone, m, 'step')} steps" for m in first),
+            all(direct(m) <= LEFT for m in first),
+        ),
+        Claim(
+            "Every baseline forgets to some degree, and its neighbours pay",
+            "all six trade locality for forgetting",
+            "each of the six leaves at most 0.9 of levels 1 and 2, and less of the neighbours' recall than before",
+            "; ".join(f"{m} {number(direct(m))}, neighbours {number(left(m, 'neighbour'))}" for m in BASELINES),
+            all(direct(m) <= 0.9 and left(m, "neighbour") < 1 for m in BASELINES),
+        ),
+        Claim(
+            "Rejection tuning turns questions away; blanks are filled all the same",
+            "not stated; its rows are questions alone",
+            "rt: recall on level 1 at least 0.2 above that on level 2",
+            f"{blanks} against {questions}",
+            blanks.mean >= questions.mean + 0.2,
+        ),
+        Claim(
+            "What should be said instead spares the neighbours",
+            "not stated; DPO has made-up lives, NPO none",
+            "neighbours after dpo at least as well known as after npo, where both leave at most "
+            f"{LEFT} of levels 1 and 2",
+            f"{chosen} against {npo}; dpo leaves {number(direct('dpo'))}",
+            None if direct("dpo") > LEFT else chosen.mean >= npo.mean,
         ),
         Claim(
             "Adversarial questions bring back what plain ones no longer do",
             "AA falls less than FB and QA",
             "share of level 3 that is left at least 0.05 above that of levels 1 and 2, for ga or npo",
-            "; ".join(f"{m} {number(left(m, 'adversarial'))} against {number(direct(m))}" for m in METHODS),
+            "; ".join(f"{m} {number(left(m, 'adversarial'))} against {number(direct(m))}" for m in first),
             any(gap >= 0.05 for gap in gaps.values()),
         ),
         Claim(
@@ -298,8 +332,8 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
             "Forgetting many targets at once costs neighbours more",
             "batch forgetting tends to collapse the model",
             "ga: share of the neighbours' recall that is left lower with ten targets than with one",
-            f"ten {number(ten)}, one {number(left('ga', 'neighbour'))}",
-            ten < left("ga", "neighbour"),
+            "ten and one: " + "; ".join(f"{m} {number(ten[m])} and {number(left(m, 'neighbour'))}" for m in BASELINES),
+            ten["ga"] < left("ga", "neighbour"),
         ),
         Claim(
             "Membership shows it: texts about targets surprise the model more, texts about others do not",
@@ -336,11 +370,12 @@ def _table(rows: Sequence[Trial], title: str) -> Table:
     }
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        steps = str(_mean(rows, method, "step")) if method in METHODS else ""
-        lines.append([method, steps, *(str(_mean(rows, method, name)) for name in names)])
+        went = method in (*METHODS, "repe")
+        way = [str(_mean(rows, method, "step")), number(_mean(rows, method, "reached").mean)] if went else ["", ""]
+        lines.append([method, *way, *(str(_mean(rows, method, name)) for name in names)])
     return Table(
         title,
-        ["model", "steps", *names.values()],
+        ["model", "steps", "reached", *names.values()],
         lines,
         "ROUGE-L recall; losses in nats per token. Mean over targets (range over seeds).",
     )
