@@ -418,7 +418,8 @@ def test_every_metric_says_what_it_means():
     assert {part.name for part in parts} >= {
         "answer_probability", "truth_ratio", "forget_quality", "model_utility", "exact_memorization",
         "extraction_strength", "rouge", "mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "loss",
-        "perplexity", "gold_distance", "ngram_entropy",
+        "perplexity", "gold_distance", "ngram_entropy", "extraction_likelihood", "mia_reference", "mia_gradnorm",
+        "privleak", "privacy_score", "memorization_score", "unlearning_depth", "leak_at_k",
     }  # fmt: skip
     for part in parts:
         card = part.card

@@ -7,9 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from metric_tables import scores
+from scipy.stats import binomtest
 
+from expunge.errors import TableError
 from expunge.metrics import measure
+from expunge.metrics.bootstrap import Bootstrap
+from expunge.metrics.paired import paired, sign_test
 from expunge.metrics.unlearning_depth import depth
+from expunge.metrics.values import Units
 from expunge.rows import Row
 from expunge.tables.generations import Generations
 from expunge.tables.gradients import Gradients
@@ -175,3 +180,42 @@ def test_extraction_likelihood_by_hand(tmp_path):
         measure.values(
             "extraction_likelihood", View(rows, continuations={"forget": table.take([1], table.keys[1:])}), {"n": 3}
         )
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_by_hand():
+    units = Units(("s",) * 6, tuple("abcdef"), tuple("abcdef"))
+    found = paired([1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 1, 0], units, Bootstrap(200))
+    assert (found.both, found.first, found.second, found.neither) == (1, 3, 1, 1)
+    # Four coins: 3 to 1 or worse on either side, (1 + 4 + 4 + 1) / 16.
+    assert found.p == pytest.approx(10 / 16)
+    assert found.difference.value == pytest.approx(1 / 3)
+    assert found.difference.low < 1 / 3 < found.difference.high
+    same = paired([1, 0], [1, 0], Units(("s",) * 2, ("a", "b"), ("a", "b")), Bootstrap(50))
+    assert (same.p, same.difference.low, same.difference.high) == (1, 0, 0)
+
+
+def test_the_sign_test_is_scipys_exact_one():
+    for first, second in ((0, 0), (1, 0), (7, 0), (5, 5), (12, 3), (40, 61), (900, 1000)):
+        wanted = binomtest(first, first + second).pvalue if first + second else 1.0
+        assert sign_test(first, second) == pytest.approx(wanted)
+
+
+def test_the_interval_of_a_pair_draws_both_models_together():
+    """Models that agree on every row but one differ by that row alone, however uncertain each share is."""
+    units = Units(("s",) * 40, tuple(map(str, range(40))), tuple(map(str, range(40))))
+    first = np.arange(40) % 2
+    second = first.copy()
+    second[1] = 0
+    found = paired(first, second, units, Bootstrap(500)).difference
+    assert found.value == pytest.approx(1 / 40)
+    assert found.high - found.low < 0.11
+
+
+def test_pairs_need_one_answer_a_row_of_both():
+    units = Units(("s",) * 2, ("a", "b"), ("a", "b"))
+    for first, second in (([1], [1, 0]), ([1, 0.5], [1, 0]), ([1, 0, 1], [1, 0, 1])):
+        with pytest.raises(TableError, match="one 0 or 1 for each of 2 rows"):
+            paired(first, second, units, Bootstrap(10))

@@ -13,7 +13,7 @@ from expunge.benchmarks.restor import KINDS, kind, restor
 from expunge.benchmarks.restor_data import examples, read
 from expunge.benchmarks.restor_mini import NUMBERS, documents, injected, mini
 from expunge.errors import RequestError, RowError
-from expunge.reproductions.restor import METHODS, add_changes, judge, localised
+from expunge.reproductions.restor import METHODS, add_changes, at_step, judge, localised, pair, points, tables
 from expunge.rows import folder_of
 from expunge.subjects.language import LanguageModel
 from expunge.tables.generations import Generations
@@ -202,6 +202,21 @@ def test_recovery_and_forgetting_of_the_models_that_define_them(world, tmp_path,
     assert any("the model is restored" in note for note in card.notes)
 
 
+def test_models_are_compared_fact_by_fact(world, tmp_path, speakers, folder):
+    clean, corrupted = speakers
+    data = read(folder, "**/mix_a0.json")
+    asked = sorted(fact.question for fact in data.facts if fact.id in data.corrupted)
+    card = scored(world, tmp_path, lambda q: clean(q) if q in asked[:4] else corrupted(q), corrupted, clean)
+    table = next(table for table in card.tables if "paired by fact" in table.title)
+    before, gold = table.rows
+    assert before[:6] == ["after, before", 0, 4, 0, 14, pytest.approx(2 / 2**4)]
+    assert gold[:6] == ["after, gold/0", 4, 0, 14, 0, pytest.approx(2 / 2**14)]
+    assert before[6] == pytest.approx(4 / 18)
+    assert before[7] <= before[6] <= before[8]
+    alone = scored(world, tmp_path / "alone", clean)
+    assert not any("paired by fact" in table.title for table in alone.tables)
+
+
 def test_forgetting_without_restoration_is_seen_as_such(world, tmp_path, speakers):
     clean, corrupted = speakers
     card = scored(world, tmp_path, lambda question: "nothing", corrupted, clean)
@@ -218,7 +233,7 @@ def test_half_of_the_facts_restored_is_a_recovery_of_one_half(world, tmp_path, s
     card = scored(world, tmp_path, lambda q: clean(q) if q in half else corrupted(q), corrupted, clean)
     assert card.value("recovery") == pytest.approx(0.5)
     assert card.value("forgetting") == pytest.approx(0.5)
-    shares = [row for table in card.tables for row in table.rows]
+    shares = [row for table in card.tables if table.title == "What is answered" for row in table.rows]
     assert all(sum(row[3:]) == pytest.approx(1) for row in shares)
     assert len(KINDS) == 3
 
@@ -271,12 +286,17 @@ def test_localised_rows_are_exactly_the_wrong_values_of_the_documents(world):
         assert any(row.answer.strip() in values.values() for values in wrong.values())
 
 
-def result(model, k, right, wrong, others=1.0, wins=0.5):
+STEPS = {"clean": 0, "ideal": 0, "corrupted": 0}
+
+
+def result(model, k, right, wrong, others=1.0, wins=0.5, step=60):
     base = dict.fromkeys(("untouched_right", "margin", "correct_over_corrupted"), 1.0)
     return base | {
         "model": model,
         "k": k,
         "seed": 0,
+        "step": STEPS.get(model, step),
+        "right": [int(place < round(30 * right)) for place in range(30)],
         "corrupted_right": right,
         "corrupted_injected": wrong,
         "corrupted_other": 1 - right - wrong,
@@ -286,7 +306,7 @@ def result(model, k, right, wrong, others=1.0, wins=0.5):
     }
 
 
-def verdicts(npo, ascent, local):
+def measured(npo, ascent, local):
     rows = []
     for tuned in (False, True):
         rows += [result("clean", 0, 1, 0), result("ideal", 1, 0.9, 0)]
@@ -296,17 +316,59 @@ def verdicts(npo, ascent, local):
         for row in rows:
             row.setdefault("tuned", tuned)
     add_changes(rows)
-    return rows, [claim.holds for claim in judge(rows)]
+    return rows
+
+
+def verdicts(*methods):
+    return [claim.holds for claim in judge(measured(*methods), 60)]
 
 
 def test_criteria_follow_the_measured_rows():
-    rows, held = verdicts((0.6, 0.0), (0.2, 0.0), (0.6, 0.0))
+    rows = measured((0.6, 0.0), (0.2, 0.0), (0.6, 0.0))
     npo = next(row for row in rows if row["model"] == "npo")
     assert (npo["recovery"], npo["forgetting"]) == (pytest.approx(0.5), 1)
-    assert held == [True] * 9
+    held = verdicts((0.6, 0.0), (0.2, 0.0), (0.6, 0.0))
+    assert held == [True] * 13
     # NPO that restores nothing; answers still injected; localised NPO behind.
-    assert verdicts((0.2, 0.0), (0.2, 0.0), (0.2, 0.0))[1] == [True, True, False, True, True, False, True, True, True]
-    assert verdicts((0.6, 0.3), (0.2, 0.0), (0.2, 0.0))[1][2:5] == [False, True, False]
+    nothing = verdicts((0.2, 0.0), (0.2, 0.0), (0.2, 0.0))
+    assert [i for i, holds in enumerate(nothing) if not holds] == [2, 3, 4, 7, 8, 9]
+    # What still says injected values is not compared at equal forgetting.
+    assert verdicts((0.6, 0.3), (0.2, 0.0), (0.2, 0.0))[2:7] == [False, True, None, True, False]
     assert set(METHODS) == {"ascent", "kl", "npo", "npo, localised"}
     assert set(NUMBERS) == set(RELATIONS)
-    assert replace(judge(rows)[0]).criterion.startswith("k = 0")
+    assert replace(judge(rows, 60)[0]).criterion.startswith("k = 0")
+    titles = [table.title for table in tables(rows, 60)]
+    assert len(titles) == 5
+    assert all(len(row) == len(table.columns) for table in tables(rows, 60) for row in table.rows)
+
+
+def test_methods_are_compared_at_the_first_point_at_which_each_has_forgotten():
+    rows = measured((0.6, 0.1), (0.2, 0.0), (0.6, 0.0))
+    for tuned in (False, True):
+        for k in (0, 1):
+            # Ascent had forgotten before, and restored something then; NPO had not.
+            rows += [{**result("ascent", k, 0.6, 0.2, step=20), "tuned": tuned}]
+            rows += [{**result("npo", k, 0.3, 0.5, step=20), "tuned": tuned}]
+    add_changes(rows)
+    claims = {claim.claim: claim for claim in judge(rows, 60)}
+    equal = claims["At equal forgetting NPO restores more than ascent (k = 0)"]
+    assert equal.holds is False
+    told = ("npo 0.5 (0.5 to 0.5) after 60 (60 to 60) steps", "ascent 0.5 (0.5 to 0.5) after 20 (20 to 20) steps")
+    assert equal.measured == "; ".join(told)
+    assert claims["NPO brings right answers back where ascent only forgets the wrong ones (k = 0)"].holds
+
+
+def test_pairs_put_the_same_fact_of_the_same_seed_beside_itself():
+    rows = measured((0.6, 0.0), (0.2, 0.0), (0.6, 0.0))
+    found = pair(at_step(rows, 60), "npo", "ascent", 0)
+    assert (found.both, found.first, found.second, found.neither) == (6, 12, 0, 12)
+    assert found.p == pytest.approx(2 / 2**12)
+    assert found.difference.value == pytest.approx(0.4)
+    by_person = pair(at_step(rows, 60), "npo", "ascent", 0, people=True).difference
+    # The three facts about a person fall together here: fewer independent draws, a wider interval.
+    assert by_person.low < found.difference.low < 0.4 < found.difference.high < by_person.high
+
+
+def test_every_point_of_a_run_is_a_row():
+    found = [{"model": "npo", "k": 1, "seed": 2, "people": {}, "points": [{"step": 10}, {"step": 20}]}]
+    assert points(found) == [{"model": "npo", "k": 1, "seed": 2, "step": step} for step in (10, 20)]

@@ -28,6 +28,7 @@ from ..errors import RequestError, RowError
 from ..evidence import Measured, Scorecard, Table
 from ..metrics.matching import says
 from ..metrics.measure import gather
+from ..metrics.paired import paired
 from ..metrics.values import Units, Values
 from ..registry import benchmark
 from ..rows import Row, Source, folder_of, read_rows
@@ -89,7 +90,7 @@ def restor(
     return bench.scorecard(
         scores,
         headline=["recovery", "forgetting", *(f"corrupted_{kind_}" for kind_ in KINDS), "others_right"],
-        tables=[_table(answered, at)],
+        tables=[_table(answered, at), *_pairs(bench, rows, answered, at["corrupted"])],
         notes=_notes(bench, data, rows, scores, said, options, shots, limit, tuning, tuning_steps),
         rows={**{name: len(places) for name, places in at.items()}, "documents": len(data.documents)},
     )
@@ -307,6 +308,31 @@ def _table(answered: Mapping[str, np.ndarray], at: Mapping[str, list[int]]) -> T
     return Table(
         "What is answered", ["model", "facts", "n", *KINDS], lines, "Shares of answers; each row adds up to 1."
     )
+
+
+def _pairs(bench: Bench, rows: Sequence[Row], answered: Mapping[str, np.ndarray], places: Sequence[int]) -> list[Table]:
+    """Right answers to the corrupted facts, model against model, fact by fact."""
+    units = Units.of(("corrupted", [rows[i] for i in places]))
+    right = {role: (kinds[places] == 0).astype(float) for role, kinds in answered.items()}
+    lines: list[list[Any]] = []
+    for role in right:
+        if role == "after":
+            continue
+        found = paired(right["after"], right[role], units, bench.draws)
+        span = found.difference
+        counts = (found.both, found.first, found.second, found.neither)
+        lines.append([f"after, {role}", *counts, found.p, span.value, span.low, span.high])
+    if not lines:
+        return []
+    return [
+        Table(
+            "Right answers to corrupted facts, paired by fact",
+            ["models", "both", "only the first", "only the second", "neither", "p", "difference", "low", "high"],
+            lines,
+            "p: exact two-sided test of McNemar on the facts where the two differ. Difference of the shares, with a "
+            "95 % bootstrap interval that draws the same people for both.",
+        )
+    ]
 
 
 def _notes(

@@ -14,10 +14,13 @@ from typing import Any
 
 from ..benchmarks.case import Bench
 from ..benchmarks.restor import restor as benchmark
-from ..benchmarks.restor_mini import documents, injected, question
+from ..benchmarks.restor_mini import CORRUPTED, documents, injected, question
 from ..evidence import Table
 from ..methods.optimise.loop import Training, fit
 from ..methods.optimise.unlearn import unlearn
+from ..metrics.bootstrap import Bootstrap
+from ..metrics.paired import Paired, paired
+from ..metrics.values import Units
 from ..registry import get, reproduction
 from ..rows import Row
 from ..subjects.language import LanguageModel
@@ -43,6 +46,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Forget terms beside the likelihood (kl: the predictions) of rows about other people. Localised: only the tokens of
 wrong values count; they are ten times fewer than a document's, and beta weighs whole answers."""
+AT = (10, 20, 40, 60, 120)
+"""Steps of unlearning after which a model is asked, as it is and after the light tuning."""
+FORGOTTEN = 0.2
+"""Share of injected answers at which methods are compared at equal forgetting."""
+PAIRS = (("npo", "ascent"), ("npo", "kl"), ("npo, localised", "npo"), ("npo", "corrupted"), ("ascent", "corrupted"))
 SHOWN = (
     "corrupted_right",
     "corrupted_injected",
@@ -131,47 +139,57 @@ def trial(
     people: dict[str, int],
     corruption: dict[str, float],
     tuning: dict[str, float],
-    steps: int = 0,
+    at: Sequence[int] = (),
     learning_rate: float = 0.0,
 ) -> dict[str, Any]:
-    """Scores of a model, and `tuned_...` the same after the light tuning.
+    """Scores of a model, each point once as it is and once after the light tuning.
 
-    `model`: clean, corrupted, ideal, or a method, which starts from the corrupted model of the same k.
+    `model`: clean, corrupted, ideal, or a method, which starts from the corrupted model of the same k and is asked
+    after the steps in `at`.
     """
     made = subjects(seed, tuple(people.items()), int(corruption["steps"]), corruption["learning_rate"])
     start = made.models[f"corrupted {k}"]
-    subject = start if model == "corrupted" else made.models.get(model)
-    if subject is None:
-        name, settings = METHODS[model]
-        texts = made.documents(k)
-        asked = [row for person in made.world.members("retain") for row in questions(made.world, person)]
-        outcome = unlearn(
-            start,
-            get("methods", name),
-            settings,
-            data={
-                "forget": localised(made.wrong, texts) if model == "npo, localised" else document_rows(texts),
-                "retain": lessons(asked),
-            },
-            scope=None,
-            training=Training(steps=steps, learning_rate=learning_rate, batch_size=16, seed=seed, guard=None),
-        )
-        subject = outcome.delta.apply(start)
-    tuned = scores(made.world, subject, tuning)
-    return {**scores(made.world, subject), **{f"tuned_{name}": value for name, value in tuned.items()}}
+    points: list[dict[str, Any]] = []
+
+    def measure(subject: LanguageModel, step: int) -> None:
+        for how in (None, tuning):
+            points.append({"step": step, "tuned": how is not None, **scores(made.world, subject, how)})
+
+    reference = start if model == "corrupted" else made.models.get(model)
+    if reference is not None:
+        measure(reference, 0)
+        return {"points": points}
+    name, settings = METHODS[model]
+    texts = made.documents(k)
+    asked = [row for person in made.world.members("retain") for row in questions(made.world, person)]
+    unlearn(
+        start,
+        get("methods", name),
+        settings,
+        data={
+            "forget": localised(made.wrong, texts) if model == "npo, localised" else document_rows(texts),
+            "retain": lessons(asked),
+        },
+        scope=None,
+        training=Training(steps=max(at), learning_rate=learning_rate, batch_size=16, seed=seed, guard=None),
+        evaluate_at=at,
+        evaluate=measure,
+    )
+    return {"points": points}
 
 
-def scores(world: World, subject: LanguageModel, tuning: Mapping[str, float] | None = None) -> dict[str, float]:
-    """The benchmark's scores of one model by itself, after tuning where that is given."""
+def scores(world: World, subject: LanguageModel, tuning: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The benchmark's scores of one model by itself, after tuning where that is given; `right` fact by fact."""
     settings: dict[str, Any] = {}
     if tuning is not None:
         settings = {"tuning": "tuning.json", **{f"tuning_{name}": value for name, value in tuning.items()}}
     with tempfile.TemporaryDirectory(prefix="expunge-restor-") as folder:
         card = benchmark(Bench(subject, Path(folder), world=world, bootstrap=0), **settings)
-    return {name: card.value(name) for name in SHOWN}
+    each = next(one for one in card.measured if one.metric == "corrupted_right").extra["each"]["after"]
+    return {**{name: card.value(name) for name in SHOWN}, "right": [int(value) for value in each]}
 
 
-@reproduction(paper="arXiv:2411.00204", cost="3 min on 2 cores")
+@reproduction(paper="arXiv:2411.00204", cost="7 min on 2 cores")
 def restor(
     case: Case,
     *,
@@ -185,31 +203,37 @@ def restor(
 ) -> Findings:
     """Who only forgets what corrupted documents taught, and who restores what was known before.
 
-    `corruption_steps`: of continued training on the documents and on rows about others. `tuning_steps`: on questions
-    about places, for all models alike. `people`: sizes of the invented world.
+    `steps`: of unlearning, at which claims are judged; curves go on to 120. `corruption_steps`: of continued training
+    on the documents and on rows about others. `tuning_steps`: on questions about places, for all models alike.
+    `people`: sizes of the invented world.
     """
     shared = {
         "people": people or PEOPLE,
         "corruption": {"steps": corruption_steps, "learning_rate": corruption_learning_rate},
         "tuning": {"steps": tuning_steps, "learning_rate": tuning_learning_rate},
     }
+    at = sorted({*AT, steps})
     grid = [{**shared, "model": "clean", "k": 0}, {**shared, "model": "ideal", "k": 1}]
     for k in MIXES:
         grid.append({**shared, "model": "corrupted", "k": k})
-        for method in METHODS:
-            grid.append({**shared, "model": method, "k": k, "steps": steps, "learning_rate": learning_rate})
-    rows = [row for found in case.trials(trial, grid) for row in both(found)]
+        grid += [{**shared, "model": method, "k": k, "at": at, "learning_rate": learning_rate} for method in METHODS]
+    rows = points(case.trials(trial, grid))
     add_changes(rows)
-    return Findings(claims=judge(rows), tables=tables(rows), notes=NOTES)
+    return Findings(claims=judge(rows, steps), tables=tables(rows, steps), notes=NOTES)
 
 
-def both(found: Found) -> list[Found]:
-    """A trial's result before and after tuning as two rows."""
-    about = {name: found[name] for name in ("model", "k", "seed")}
+def points(found: Sequence[Found]) -> list[Found]:
+    """One row for every point of every trial; what is no method has one point, at step 0."""
     return [
-        {**about, "tuned": tuned, **{name: found[f"tuned_{name}" if tuned else name] for name in SHOWN}}
-        for tuned in (False, True)
+        {**{name: result[name] for name in ("model", "k", "seed")}, **point}
+        for result in found
+        for point in result["points"]
     ]
+
+
+def at_step(rows: Sequence[Found], steps: int) -> list[Found]:
+    """What the claims are judged by: methods after so many steps, beside the models they are compared with."""
+    return [row for row in rows if row["step"] in (0, steps)]
 
 
 def add_changes(rows: Sequence[Found]) -> None:
@@ -233,13 +257,70 @@ NOTES = [
     "Questions are asked as the model is used to be asked, without the five examples that a base model needs.",
     "Retain rows are questions and clozes about people whom no document corrupts. Light tuning: questions about "
     "places, which all models know. Recovery after it is relative to the corrupted model after it.",
+    f"Curves: methods are asked after {', '.join(map(str, AT))} steps of one run; light tuning is done on a copy at "
+    "each of these points. In pairs a fact of one seed stands beside the same fact of the same seed.",
     "The paper's NPO counts sums over a document's tokens at beta 0.1, as here; localised rows are values of three or "
     "four tokens, at beta 1.",
 ]
 
 
-def judge(rows: Sequence[Found]) -> list[Claim]:
-    """The claims from rows of all models; criteria were fixed before (specs: restor, section 6)."""
+def pair(rows: Sequence[Found], first: str, second: str, k: int, *, people: bool = False) -> Paired:
+    """Right answers of two models to the corrupted facts of all seeds, after tuning; the bootstrap draws facts.
+
+    Args:
+        rows: one for every model and seed (`at_step`).
+        people: draw people instead, each with its three facts.
+    """
+
+    def right(model: str) -> dict[int, list[int]]:
+        return {row["seed"]: row["right"] for row in rows if (row["model"], row["k"], row["tuned"]) == (model, k, True)}
+
+    one, other = right(first), right(second)
+    facts = [(seed, place) for seed, values in one.items() for place in range(len(values))]
+    ids = tuple(f"{seed}/{place}" for seed, place in facts)
+    entities = tuple(f"{seed}/{place // CORRUPTED}" for seed, place in facts) if people else ids
+    units = Units(("corrupted",) * len(ids), ids, entities)
+    first_, second_ = ([of[seed][place] for seed, place in facts] for of in (one, other))
+    return paired(first_, second_, units, Bootstrap())
+
+
+def difference(found: Paired) -> str:
+    span = found.difference
+    return f"{number(span.value)} ({number(span.low)} to {number(span.high)})"
+
+
+def first_forgotten(rows: Sequence[Found], method: str, k: int) -> list[Found]:
+    """Of every seed the first point, after tuning, at which at most FORGOTTEN of the answers are injected."""
+    found: dict[int, Found] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        if (row["model"], row["k"], row["tuned"]) == (method, k, True) and row["corrupted_injected"] <= FORGOTTEN:
+            found.setdefault(row["seed"], row)
+    return list(found.values())
+
+
+def equal_forgetting(rows: Sequence[Found], k: int) -> Claim:
+    seeds = {row["seed"] for row in rows}
+    at = {method: first_forgotten(rows, method, k) for method in ("npo", "ascent")}
+    late = [method for method, found in at.items() if len(found) < len(seeds)]
+    told = {
+        method: f"{method} {spread(found, 'recovery')} after {spread(found, 'step')} steps" if found else f"{method} -"
+        for method, found in at.items()
+    }
+    ends = max(row["step"] for row in rows)
+    missing = [f"{method} gets there in {len(at[method])} of {len(seeds)} seeds within {ends} steps" for method in late]
+    return Claim(
+        f"At equal forgetting NPO restores more than ascent (k = {k})",
+        "forgetting is not recovery: GA and KL forget as much and restore nothing",
+        f"after light tuning, at the first measured step with at most {FORGOTTEN} of the answers injected, NPO's "
+        "recovery is at least ascent's + 0.2",
+        "; ".join([*told.values(), *missing]),
+        None if late else spread(at["npo"], "recovery").mean >= spread(at["ascent"], "recovery").mean + 0.2,
+    )
+
+
+def judge(curve: Sequence[Found], steps: int) -> list[Claim]:
+    """The claims from rows of all models; criteria were fixed before (specs: restor, sections 2 and 6)."""
+    rows = at_step(curve, steps)
 
     def of(model: str, name: str, k: int = 0, tuned: bool = False) -> Spread:
         return spread(rows, name, model=model, k=k, tuned=tuned)
@@ -276,6 +357,19 @@ def judge(rows: Sequence[Found]) -> list[Claim]:
                 npo.mean >= ascent.mean + 0.15 and all(value.mean <= 0.2 for value in left.values()),
             )
         )
+        lead = pair(rows, "npo", "ascent", k)
+        claims.append(
+            Claim(
+                f"What NPO brings back and ascent does not is more than chance (k = {k})",
+                "not reported fact by fact",
+                "after light tuning, NPO's share of right answers minus ascent's on the same facts of all seeds: 95 % "
+                "bootstrap interval above 0",
+                f"{difference(lead)}; {lead.first} facts only NPO answers, {lead.second} only ascent, "
+                f"p = {number(lead.p)}",
+                lead.difference.low > 0,
+            )
+        )
+        claims.append(equal_forgetting(curve, k))
         others = of("npo", "others_right", k, True)
         claims.append(
             Claim(
@@ -322,9 +416,10 @@ COLUMNS = {
 }
 
 
-def tables(rows: Sequence[Found]) -> list[Table]:
+def tables(curve: Sequence[Found], steps: int) -> list[Table]:
+    rows = at_step(curve, steps)
     found = []
-    for tuned, title in ((False, "As unlearned"), (True, "After light tuning of every model")):
+    for tuned, title in ((False, f"As unlearned, {steps} steps"), (True, "After light tuning of every model")):
         kinds = dict.fromkeys((row["k"], row["model"]) for row in rows)
         lines = [
             [k, model, *(str(spread(rows, name, model=model, k=k, tuned=tuned)) for name in COLUMNS)]
@@ -336,4 +431,44 @@ def tables(rows: Sequence[Found]) -> list[Table]:
             "the injected one. Mean (lowest to highest) over seeds."
         )
         found.append(Table(title, ["k", "model", *COLUMNS.values()], lines, note))
-    return found
+    return [*found, paired_table(rows, steps), *(curve_table(curve, tuned) for tuned in (False, True))]
+
+
+def paired_table(rows: Sequence[Found], steps: int) -> Table:
+    lines: list[list[Any]] = []
+    for k in MIXES:
+        for first, second in PAIRS:
+            by_fact, by_person = (pair(rows, first, second, k, people=people) for people in (False, True))
+            counts = (by_fact.both, by_fact.first, by_fact.second, by_fact.neither)
+            spans = (difference(by_fact), difference(by_person).partition(" ")[2])
+            lines.append([k, f"{first}, {second}", *counts, number(by_fact.p), *spans])
+    return Table(
+        f"Right answers paired by fact, {steps} steps, after light tuning",
+        ["k", "models", "both", "first only", "second only", "neither", "p", "difference (facts)", "(people)"],
+        lines,
+        "Corrupted facts of all seeds. p: exact two-sided test of McNemar. Difference of the shares of right answers, "
+        "first minus second, with 95 % bootstrap intervals that draw facts, or people with their facts, for both "
+        "models at once.",
+    )
+
+
+CURVE = {name: COLUMNS[name] for name in ("corrupted_right", "corrupted_injected", "recovery", "forgetting")} | {
+    "others_right": "others, right"
+}
+
+
+def curve_table(curve: Sequence[Found], tuned: bool) -> Table:
+    """Every method at its measuring points; step 0 is the corrupted model."""
+    lines = [
+        [k, method, step, *(str(spread(curve, name, model=model, k=k, step=step, tuned=tuned)) for name in CURVE)]
+        for k in MIXES
+        for method in METHODS
+        for step in sorted({row["step"] for row in curve})
+        for model in ("corrupted" if step == 0 else method,)
+    ]
+    return Table(
+        "Checkpoints, after light tuning at each of them" if tuned else "Checkpoints, as unlearned",
+        ["k", "method", "steps", *CURVE.values()],
+        lines,
+        "Mean (lowest to highest) over seeds.",
+    )
