@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 TOKENS = 2048
 """Tokens with activations at once."""
+LOGITS = 1 << 20
+"""Logits at once (4 MiB), or those of one row."""
 
 _together: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -146,36 +149,30 @@ def _owners(subject: LanguageModel) -> list[tuple[str, nn.Module, _Norms]] | Non
 
 
 class _Rows:
-    """Which packed tokens belong to which row, flat and row by row."""
+    """Packed tokens row by row: rows of one length stand together, so that views tell them apart."""
 
-    def __init__(self, pack_: Pack) -> None:
-        lengths = torch.tensor([len(row.ids) - 1 for row in pack_.rows], device=pack_.ids.device)
-        order = torch.arange(int(lengths.max()), device=pack_.ids.device)
-        at = (lengths.cumsum(0) - lengths)[:, None] + order
-        self.real = order < lengths[:, None]
-        self.place = pack_.every[at.clamp_max(len(pack_.every) - 1)]
-        """(rows, T) packed place of each token; another row's where a row is shorter."""
-        self.of = torch.empty_like(pack_.every)
-        self.of[pack_.every] = torch.arange(len(lengths), device=pack_.ids.device).repeat_interleave(lengths)
-        """(tokens,) row of each packed token."""
-        self._products: tuple[Tensor, Tensor] | None = None
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self.lengths = [len(row.ids) - 1 for row in rows]
+        self.runs: list[tuple[slice, int]] = []
+        """Packed tokens of rows of one length, and that length."""
+        start = 0
+        for length, alike in groupby(self.lengths):
+            self.runs.append((slice(start, start := start + sum(alike)), length))
+        self._products: tuple[Tensor, list[Tensor]] | None = None
 
-    def lay(self, values: Tensor) -> Tensor:
-        """(tokens, n) -> (rows, T, n)"""
-        return values.index_select(0, self.place.flatten()).unflatten(0, self.place.shape)
+    def parts(self, values: Tensor) -> list[Tensor]:
+        """(tokens, ...) -> a view (rows, T, ...) for every run."""
+        return [values[tokens].unflatten(0, (-1, length)) for tokens, length in self.runs]
 
-    def products(self, read: Tensor) -> Tensor:
-        """(rows, T, T) products of what tokens of one row read, 0 beyond a row; kept for the next matrix."""
+    def products(self, read: Tensor) -> list[Tensor]:
+        """(rows, T, T) products of what tokens of one row read, for every run; kept for the next matrix."""
         if self._products is None or self._products[0] is not read:
-            a = self.lay(read)
-            both = self.real[:, :, None] & self.real[:, None, :]
-            self._products = read, (a @ a.transpose(1, 2)) * both
+            self._products = read, [a @ a.mT for a in self.parts(read)]
         return self._products[1]
 
-    def sums(self, values: Tensor, of: Tensor | None = None) -> Tensor:
-        """(tokens, ...) -> (rows, ...)"""
-        out = values.new_zeros(len(self.place), *values.shape[1:])
-        return out.index_add_(0, self.of if of is None else of, values)
+    def sums(self, values: Tensor) -> Tensor:
+        """(tokens, ..., n) -> (rows, n)"""
+        return torch.cat([part.flatten(1, -2).sum(1) for part in self.parts(values)])
 
 
 _Norms = Callable[[nn.Module, Tensor, Tensor, _Rows], dict[str, Tensor]]
@@ -184,11 +181,13 @@ _Norms = Callable[[nn.Module, Tensor, Tensor, _Rows], dict[str, Tensor]]
 
 def _matrix(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> dict[str, Tensor]:
     wide, gave = read.shape[1], gradient.shape[1]
-    g = rows.lay(gradient)
-    if g.shape[1] * (wide + gave) < wide * gave:
-        weight = ((g @ g.transpose(1, 2)) * rows.products(read)).sum((1, 2))
-    else:
-        weight = ((g * rows.real[..., None]).transpose(1, 2) @ rows.lay(read)).square().sum((1, 2))
+    found = []
+    for number, (a, g) in enumerate(zip(rows.parts(read), rows.parts(gradient))):
+        if a.shape[1] * (wide + gave) < wide * gave:
+            found.append((g @ g.mT * rows.products(read)[number]).sum((1, 2)))
+        else:
+            found.append((g.mT @ a).square().sum((1, 2)))
+    weight = torch.cat(found)
     return {"weight": weight} if module.bias is None else {"weight": weight, "bias": _squares(rows.sums(gradient))}
 
 
@@ -201,21 +200,26 @@ def _table(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> di
     ids = read.flatten()
     if module.padding_idx is not None:  # its row of the table gets no gradient
         gradient = gradient * ids.ne(module.padding_idx)[:, None]
-    pairs, at = torch.stack([rows.of, ids], dim=1).unique(dim=0, return_inverse=True)
+    number = torch.arange(len(rows.lengths), device=ids.device)
+    row = number.repeat_interleave(torch.tensor(rows.lengths, device=ids.device))
+    pairs, at = torch.stack([row, ids], dim=1).unique(dim=0, return_inverse=True)
     summed = gradient.new_zeros(len(pairs), gradient.shape[1]).index_add_(0, at, gradient)
-    return {"weight": rows.sums(_squares(summed), of=pairs[:, 0])}
+    return {"weight": gradient.new_zeros(len(number)).index_add_(0, pairs[:, 0], _squares(summed))}
 
 
 def _scale(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> dict[str, Tensor]:
     # What norms give is affine in their weights, token by token (and head by head).
     own = {name: torch.zeros_like(p) for name, p in module.named_parameters(recurse=False)}
-    apart = (-1, len(next(iter(own.values()))))
-    read, gradient = read.unflatten(1, apart), gradient.unflatten(1, apart)
+    width = len(next(iter(own.values())))
+    read, gradient = read.unflatten(1, (-1, width)), gradient.unflatten(1, (-1, width))
+    example = torch.linspace(-1, 2, width, device=read.device).view(1, 1, -1)
+    # Norms that multiply by 1 + weight give something without any weights, most others nothing.
+    rest = functional_call(module, own, (read,)) if functional_call(module, own, (example,)).any() else None
     found = {}
     for name, zero in own.items():
-        moved = functional_call(module, {**own, name: torch.ones_like(zero)}, (read,))
-        by_weight = (moved - functional_call(module, own, (read,))).float()
-        found[name] = _squares(rows.sums((gradient * by_weight).sum(1)))
+        by_weight = functional_call(module, {**own, name: torch.ones_like(zero)}, (read,))
+        by_weight = by_weight.float() if rest is None else (by_weight - rest).float()
+        found[name] = _squares(rows.sums(gradient * by_weight))
     return found
 
 
@@ -224,9 +228,9 @@ _KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _ma
 
 @torch.enable_grad()
 def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient."""
+    """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long."""
     pack_ = pack(rows, subject.device, sharing="nothing")
-    places = _Rows(pack_)
+    places = _Rows(rows)
     names = {id(p): number for number, p in enumerate(subject.model.parameters())}
     squares = torch.zeros(len(names), len(rows), device=subject.device)
     embedding, head = subject.model.get_input_embeddings(), subject.linear_head
@@ -252,50 +256,52 @@ def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
                 for name, found in norms(module, read, gradient, places).items():
                     squares[names[id(module.get_parameter(name))]] += found
                 if module is embedding and crossing is not None:
-                    squares[names[id(embedding.weight)]] += 2 * places.sums((gradient * crossing).sum(1))
+                    squares[names[id(embedding.weight)]] += 2 * places.sums(gradient * crossing).sum(1)
 
             if output.requires_grad:
                 output.register_hook(backward)
 
         return forward
 
-    with ExitStack() as stack:
-        stack.enter_context(_moving(list(subject.model.parameters()), False))
-        stack.enter_context(subject.packing(pack_))
-        for _, module, norms in _owners(subject) or ():
-            stack.callback(module.register_forward_hook(watch(module, norms)).remove)
-        hidden = subject.run_decoder(pack_)[pack_.predict]
-        back = torch.empty_like(hidden)
-        answers = torch.arange(len(hidden)).split([one.scored for one in rows])
-        fed = pack_.every.split([len(one.ids) - 1 for one in rows])
-        for row, (at, own) in enumerate(zip(answers, fed)):
-            _head(head, hidden, back, pack_, at, own, row, squares, names, crossing)
+    with _moving(list(subject.model.parameters()), False), subject.packing(pack_):
+        with ExitStack() as stack:
+            for _, module, norms in _owners(subject) or ():
+                stack.callback(module.register_forward_hook(watch(module, norms)).remove)
+            hidden = subject.run_decoder(pack_)[pack_.predict]
+        back, found = _head(head, hidden.detach(), pack_, crossing)
+        for name, values in found.items():
+            squares[names[id(head.get_parameter(name))]] += values
         hidden.backward(back)
     return squares.clamp_min(0).sqrt().T.cpu().numpy()
 
 
 @torch.no_grad()
 def _head(
-    head: nn.Linear,
-    hidden: Tensor,
-    back: Tensor,
-    pack_: Pack,
-    at: Tensor,
-    own: Tensor,
-    row: int,
-    squares: Tensor,
-    names: dict[int, int],
-    crossing: Tensor | None,
-) -> None:
-    """One row's loss, into `back` its gradient at the states `at`, into `squares` and `crossing` what the head adds."""
-    h, target = hidden[at], pack_.target[at]
-    g = torch.nn.functional.linear(h, head.weight, head.bias).float().softmax(-1)
-    g[torch.arange(len(g)), target] -= 1
-    g /= len(g)
-    back[at] = g.to(h.dtype) @ head.weight
-    states = h.float()
-    squares[names[id(head.weight)], row] += ((g @ g.T) * (states @ states.T)).sum()
-    if head.bias is not None:
-        squares[names[id(head.bias)], row] += g.sum(0).square().sum()
-    if crossing is not None:
-        crossing[own] = g[:, pack_.ids[0, own]].T @ states
+    head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(gradients of rows' losses at the states that predict, what the head adds to squared norms (rows,)).
+
+    Args:
+        crossing: (tokens, d), becomes what the head's gradient holds at every fed token's own row of the table.
+    """
+    rows = pack_.rows
+    fed = pack_.every.split([len(row.ids) - 1 for row in rows])
+    back = torch.empty_like(hidden)
+    found: dict[str, list[Tensor]] = {name: [] for name, _ in head.named_parameters()}
+    many = max(1, LOGITS // len(head.weight) // max(row.scored for row in rows))
+    stop = 0
+    for first in range(0, len(rows), many):
+        counts = [row.scored for row in rows[first : first + many]]
+        part = slice(stop, stop := stop + sum(counts))
+        g = torch.nn.functional.linear(hidden[part], head.weight, head.bias).float().softmax(-1)
+        g[torch.arange(len(g)), pack_.target[part]] -= 1
+        each = torch.tensor(counts, device=g.device)
+        g /= each.repeat_interleave(each)[:, None]
+        back[part] = g.to(hidden.dtype) @ head.weight
+        for own, states, ids in zip(g.split(counts), hidden[part].float().split(counts), fed[first:]):
+            found["weight"].append((own @ own.T * (states @ states.T)).sum())
+            if head.bias is not None:
+                found["bias"].append(own.sum(0).square().sum())
+            if crossing is not None:
+                crossing[ids] = own[:, pack_.ids[0, ids]].T @ states
+    return back, {name: torch.stack(values) for name, values in found.items()}

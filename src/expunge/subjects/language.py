@@ -30,6 +30,7 @@ from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
+from .token_statistics import token_statistics
 
 if TYPE_CHECKING:
     from .decoding import Started
@@ -42,7 +43,7 @@ torch.set_flush_denormal(True)
 TOKEN_BUDGET = 4096
 """Tokens fed in one pass without gradients."""
 LOGIT_ELEMENTS = 1 << 22
-"""Logits held at once (16 MiB in fp32): a chunk stays in cache while its statistics are taken."""
+"""Logits held at once (16 MiB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -782,31 +783,7 @@ class LanguageModel:
             target: (n,) tokens.
             at: (n,) which state predicts each.
         """
-        size = max(1, LOGIT_ELEMENTS // self.vocabulary)
-        order = at.argsort(stable=True)
-        counts = torch.bincount(at, minlength=len(hidden)).split(size)
-        chunks = []
-        for number, (states, tokens) in enumerate(zip(hidden.split(size), order.split([int(c.sum()) for c in counts]))):
-            logits = self.head(states).float()
-            best = logits.argmax(-1)
-            logprobs = logits.log_softmax(-1)
-            probabilities = logprobs.exp()
-            state, token = at[tokens] - number * size, target[tokens]
-            picked = logprobs[state, token]
-            mean = torch.linalg.vecdot(probabilities, logprobs)
-            # -inf logits (masked vocabulary entries) give 0 * inf; they carry no probability.
-            if not torch.isfinite(mean).all():
-                logprobs = logprobs.nan_to_num(neginf=0.0)
-                mean = torch.linalg.vecdot(probabilities, logprobs)
-            # E[l^2] - E[l]^2 would lose what little variance there is among values near -log V.
-            apart = logprobs.sub_(mean[:, None])
-            variance = torch.linalg.vecdot(probabilities.mul_(apart), apart)
-            chunks.append((picked, best[state] == token, mean[state], variance[state]))
-        if not chunks:
-            empty = hidden.new_zeros(0, dtype=torch.float32)
-            return empty, empty.bool(), empty, empty
-        back = order.argsort()
-        return tuple(torch.cat(column)[back] for column in zip(*chunks))  # type: ignore[return-value]
+        return token_statistics(self.head, hidden, target, at, self.vocabulary)
 
     @cached_property
     def vocabulary(self) -> int:

@@ -21,6 +21,7 @@ from ...subjects import decoding
 from ...subjects.contexts import Read
 from ...subjects.language import LanguageModel
 from ...subjects.packed import pack
+from ...subjects.token_statistics import token_statistics
 from ...tables.generations import Generations
 from ...tables.scores import COLUMNS, Scores
 from .case import Guarded
@@ -298,20 +299,9 @@ class Restriction(Guarded):
             logits[place] = line.process(logits[place])
             line.take(token)
         at = torch.arange(len(target), device=logits.device)
-        statistics = LanguageModel.statistics(_Given(logits), at, pack_.target, at)  # type: ignore[arg-type]
+        statistics = token_statistics(lambda rows: rows, logits, pack_.target, at, logits.shape[1])
         columns = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
         columns["logprob"] = np.maximum(columns["logprob"], FLOOR).astype(np.float32)
         columns["token"] = pack_.target.to(torch.int32).cpu().numpy()
         columns["end"] = np.arange(row.scored) >= row.scored - row.closing
         return Scores.of([key], [row.scored], {name: columns[name] for name in COLUMNS}, [row.text])
-
-
-class _Given:
-    """Logits that are there already, as a model whose states are their numbers."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        self.vocabulary = logits.shape[1]
-
-    def head(self, states: Tensor) -> Tensor:
-        return self.logits[states]

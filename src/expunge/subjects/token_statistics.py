@@ -1,0 +1,69 @@
+"""What a table holds of rows of logits: how likely a token is, whether it is the likeliest, and two moments.
+
+A dozen operations read every logit. Logits are made in chunks that are large enough for the head's product and, on a
+CPU, gone through in blocks that stay in a core's own cache meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits made at once (16 MiB in fp32)."""
+BLOCK_ELEMENTS = 1 << 17
+"""Logits gone through at once on a CPU (512 KiB)."""
+
+
+@torch.no_grad()
+def token_statistics(
+    head: Callable[[Tensor], Tensor], states: Tensor, target: Tensor, at: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, hit, mean, variance) per answer token (n,), as `Scores` has them.
+
+    Args:
+        head: logits (k, V) of states (k, d); they are overwritten.
+        states: (m, d); those that predict several tokens stand once.
+        target: (n,) tokens.
+        at: (n,) which state predicts each.
+        vocabulary: V.
+    """
+    if not len(target):
+        empty = states.new_zeros(0, dtype=torch.float32)
+        return empty, empty.bool(), empty, empty
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    order = at.argsort(stable=True)
+    counts = torch.bincount(at, minlength=len(states)).split(size)
+    picked, parts = [], []
+    for number, (chunk, tokens) in enumerate(zip(states.split(size), order.split([int(c.sum()) for c in counts]))):
+        logits = head(chunk).float()
+        picked.append(logits[at[tokens] - number * size, target[tokens]])
+        parts += [_moments(block) for block in logits.split(_rows(logits))]
+    top, best, normaliser, mean, variance = (torch.cat(column) for column in zip(*parts))
+    logprob = torch.cat(picked)[order.argsort()] - top[at] - normaliser[at]
+    return logprob, best[at] == target, (mean - normaliser)[at], variance[at]
+
+
+def _rows(logits: Tensor) -> int:
+    """How many rows are gone through at once."""
+    return max(1, BLOCK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+
+
+def _moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of each row (k, V): its largest logit and where that is, and of what lies below it (z - top) the logarithm of the
+    sum of exponentials, mean and variance under the softmax."""
+    top, best = logits.max(-1)
+    below = logits.sub_(top[:, None])
+    weights = below.exp()
+    total = weights.sum(-1)
+    mean = torch.linalg.vecdot(weights, below) / total
+    # -inf logits (masked vocabulary entries) give 0 * inf; they carry no probability.
+    if not torch.isfinite(mean).all():
+        below.nan_to_num_(neginf=0.0)
+        mean = torch.linalg.vecdot(weights, below) / total
+    # E[l^2] - E[l]^2 would lose what little variance there is among values that are nearly alike.
+    apart = below.sub_(mean[:, None])
+    variance = torch.linalg.vecdot(weights.mul_(apart), apart) / total
+    return top, best, total.log(), mean, variance
