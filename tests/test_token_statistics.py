@@ -50,7 +50,8 @@ def test_ties_go_to_the_smallest_id_and_alike_logits_have_no_variance():
     logits = torch.full((2, V), 3.0)
     logprob, hit, mean, variance = statistics(logits, torch.tensor([0, 1]))
     assert hit.tolist() == [True, False]
-    assert torch.allclose(logprob, torch.tensor(-math.log(V))) and torch.allclose(mean, logprob)
+    assert torch.allclose(logprob, torch.tensor(-math.log(V)))
+    assert torch.allclose(mean, logprob)
     assert (variance == 0).all()
 
 

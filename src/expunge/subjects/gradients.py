@@ -276,9 +276,7 @@ def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
 
 
 @torch.no_grad()
-def _head(
-    head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _head(head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     """(gradients of rows' losses at the states that predict, what the head adds to squared norms (rows,)).
 
     Args:
