@@ -100,3 +100,22 @@ def test_a_saved_table_is_the_same(tmp_path):
 def test_no_rows_give_an_empty_table():
     subject = LanguageModel(*tiny("gpt2"))
     assert subject.gradients([]).norm.shape == (0, len(list(subject.model.parameters())))
+
+
+def test_quantised_tensors_have_no_norm_and_the_others_keep_theirs():
+    from test_scope import Eighth
+
+    plain, packed = LanguageModel(*tiny("llama")), LanguageModel(*tiny("llama"))
+    path = "model.layers.1.mlp.down_proj"
+    layer = Eighth(packed.model.get_submodule(path))
+    with torch.no_grad():  # so that both compute the same
+        plain.model.get_submodule(path).weight.copy_(layer.weight * layer.scale)
+    packed.model.set_submodule(path, layer)
+    encoded = [plain.encode(Row(id=str(i), prompt=f"where was {i} born?", answer="Tivin in Carth")) for i in range(3)]
+    names, norms = gradients.gradient_norms(packed, encoded)
+    other, wanted = gradients.gradient_norms(plain, encoded)
+    assert names == other
+    at = names.index(f"{path}.weight")
+    assert np.isnan(norms[:, at]).all()
+    kept = [i for i in range(len(names)) if i != at]
+    assert np.allclose(norms[:, kept], wanted[:, kept], rtol=1e-3)

@@ -10,6 +10,7 @@ import torch
 from expunge import audit, forget, registry
 from expunge.attacks.case import Case, carry_out
 from expunge.audit import battery
+from expunge.cli import main
 from expunge.errors import RequestError, RowError
 from expunge.ledger import Ledger
 from expunge.methods.guard.case import GuardCase
@@ -216,3 +217,26 @@ def test_membership_is_twice_the_area_less_one():
     assert f"AUC {area:.3f}" in found.note
     (skipped,) = carry_out(Case(subject, {"forget": rows[:20]}), [("membership", {})])
     assert skipped.status.startswith("skipped: membership is told by holdout rows")
+
+
+def test_a_sweep_over_pictures_and_a_comparison_of_its_runs(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EXPUNGE_LEDGER", str(tmp_path / "ledger.db"))
+    asked(place, "few.json", audit={"attacks": ["direct", "linear_probe"], "metrics": [], "self_test": False})
+    file = place / "sweep.yaml"
+    file.write_text("request: few.json\nmethods: [random_label, {ssd: {alpha: 2.0}}]\nset: {training.steps: 12}\n")
+    assert main(["sweep", str(file), "--out", str(tmp_path / "sweep"), "--workers", "1"]) == 0
+    assert "leaderboard.html" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "sweep" / "results.json").read_text())["runs"]
+    assert [row["method"] for row in rows] == ["random_label", "ssd"]
+    assert all(0 <= row["stays_gone"] <= 1 and row["utility"] > 0 for row in rows)
+    folders = [str(tmp_path / "sweep" / row["folder"]) for row in rows]
+    assert main(["compare", *folders, "--out", str(tmp_path / "side")]) == 0
+    assert "linear probe" in capsys.readouterr().out.lower()
+    made = json.loads((tmp_path / "side" / "compare.json").read_text())
+    assert [run["method"] for run in made["runs"]] == ["random_label", "ssd"]
+    assert not made["differences"]
+    assert any(run["on_frontier"] for run in made["runs"])
+    assert "<svg" in (tmp_path / "side" / "compare.html").read_text()
+    spent = json.loads((Path(folders[0]) / "method.json").read_text())["cost"]
+    assert spent["flop_per_second"] > 0
+    assert "machine_share" not in spent  # filters run at another rate than products

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
+from .quantised import is_quantised
 
 if TYPE_CHECKING:
     from .language import LanguageModel
@@ -45,7 +46,7 @@ def gradient_norms(
     """(names of the parameter tensors, (rows, tensors) 2-norms of the gradient of each row's loss).
 
     The loss is the mean over the tokens of the answer's text; tokens that close it do not count. NaN where a row does
-    not use a tensor at all (an expert).
+    not use a tensor at all (an expert), and where a tensor is quantised: it has no gradient.
 
     Raises:
         LaunchError: the weights lie in parts over several processes, as they do while FSDP trains them.
@@ -83,14 +84,19 @@ def _groups(rows: Sequence[Encoded]) -> list[list[int]]:
 def _one(subject: LanguageModel, row: Encoded) -> np.ndarray:
     """(tensors,) by an ordinary backward pass."""
     parameters = list(subject.model.parameters())
-    with _moving(parameters, True):
+    places = [i for i, parameter in enumerate(parameters) if not is_quantised(parameter)]
+    moving = [parameters[i] for i in places]
+    with _moving(moving, True):
         logits = subject.head(subject.plain_states(row)).float()
         target = torch.tensor(row.ids[row.start :], device=subject.device)
         loss = torch.nn.functional.cross_entropy(logits, target)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    # Summed in double precision: over a million elements float32 is off by 2e-4.
-    norms = [torch.nan if g is None else float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in found]
-    return np.array(norms, np.float32)
+        found = torch.autograd.grad(loss, moving, allow_unused=True)
+    norms = np.full(len(parameters), np.nan, np.float32)
+    for i, gradient in zip(places, found):
+        if gradient is not None:
+            # Summed in double precision: over a million elements float32 is off by 2e-4.
+            norms[i] = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return norms
 
 
 @contextmanager
