@@ -2,7 +2,7 @@
 
 import pytest
 
-from expunge.reproductions import easyedit, editing, sequential_edits
+from expunge.reproductions import easyedit, editing
 from expunge.reproductions.editing import Subject
 from expunge.rows import Source, read_rows
 from expunge.subjects.language import LanguageModel
@@ -36,17 +36,12 @@ def test_edits_are_everybodys_first_fact_before_anybodys_second_with_other_answe
 
 def test_an_unedited_model_keeps_everything_and_a_trial_reports_what_was_undone(case, monkeypatch):
     assert editing.measured(case.model, case.model, case.edits(3))["kept"] == 1
-    for module in (easyedit, sequential_edits):
-        monkeypatch.setattr(module, "subject", lambda seed, world: case)
+    monkeypatch.setattr(easyedit, "subject", lambda seed, world: case)
     found = easyedit.trial("ft_m", {"layer": 0, "steps": 2, "learning_rate": 0.05}, "one", 2, 0)
     assert found["restored"] == 1
     assert found["kept"] < 1
     nothing = easyedit.trial("none", {}, "one", 2, 0)
     assert nothing["kept"] == 1
-    run = sequential_edits.trial("grace", {"layer": 0, "steps": 2}, [1, 2], 0)
-    assert [point["edits"] for point in run["points"]] == [1, 2]
-    assert run["restored"] is True
-    assert set(sequential_edits.COLUMNS) <= set(run["points"][0])
 
 
 def table(changes):
@@ -103,33 +98,3 @@ def test_memits_weight_is_the_gentlest_that_is_as_good_as_rome_on_the_first_seed
     assert easyedit._weight(table(weak), (30.0, 100.0), 10, 0) == 30.0
     both = {**weak, "memit, 10 at once, weight 30": {"success": 0.1}}
     assert easyedit._weight(table(both), (30.0, 100.0), 10, 0) == 100.0
-
-
-def points(changes):
-    good = {"success": 0.9, "rephrase": 0.6, "kept": 1.0, "others": 1.0}
-    late = {"rome": {"success": 0.2, "others": 0.4}, "alphaedit": {"success": 0.5}, "grace": {}, "wise": {}}
-    return [
-        {**good, **({"rephrase": 0.1} if editor == "grace" else {}), **(late[editor] if n == 100 else {}), **more}
-        | {"editor": editor, "edits": n}
-        for editor in late
-        for n in (1, 10, 100)
-        for more in [changes.get((editor, n), {})]
-    ]
-
-
-@pytest.mark.parametrize(
-    ("place", "changes"),
-    [
-        (0, {("rome", 1): {"success": 0.4}}),
-        (1, {("alphaedit", 100): {"success": 0.25}}),
-        (2, {("grace", 10): {"kept": 0.98}}),
-        (2, {("grace", 100): {"rephrase": 0.3}}),
-        (3, {("wise", 100): {"others": 0.9}}),
-    ],
-)
-def test_each_claim_of_sequential_edits_can_fail(place, changes):
-    assert [claim.holds for claim in sequential_edits.judge(points({}), True, 4, 10, 100)] == [True] * 5
-    found = [claim.holds for claim in sequential_edits.judge(points(changes), True, 4, 10, 100)]
-    assert found[place] is False
-    assert sum(found) == 4
-    assert sequential_edits.judge(points({}), False, 4, 10, 100)[4].holds is False

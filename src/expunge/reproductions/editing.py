@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from ..edit_scores import ask, questions
 from ..edits import EditRow, Probe
+from ..errors import ParameterError
 from ..methods.edit.case import EditCase
-from ..methods.edit.operations import Edited, Mode, carry_out
+from ..methods.edit.operations import Edited, Mode, Step, carry_out
 from ..methods.optimise.loop import Training
 from ..registry import get
 from ..rows import Row
@@ -43,6 +44,8 @@ class Subject:
         """
         people = self.world.members("retain")
         pairs = [(p, RELATIONS[(i + turn) % len(RELATIONS)]) for turn in range(4) for i, p in enumerate(people)]
+        if count > len(pairs):
+            raise ParameterError(f"{count} edits, but the {len(people)} retained people have {len(pairs)} facts")
         chosen = {(person.name, about) for person, about in pairs[:count]}
         return [self._edit(person, about, chosen) for person, about in pairs[:count]]
 
@@ -89,12 +92,18 @@ def subject(seed: int, world: Mapping[str, Any] | None = None) -> Subject:
 
 
 def made(
-    case: Subject, editor: str, settings: Mapping[str, Any], edits: Sequence[EditRow], mode: Mode, seed: int
+    case: Subject,
+    editor: str,
+    settings: Mapping[str, Any],
+    edits: Sequence[EditRow],
+    mode: Mode,
+    seed: int,
+    keep: Callable[[Step], None] | None = None,
 ) -> list[Edited]:
-    """Edits carried out by an editor of the catalogue."""
+    """Edits carried out by an editor of the catalogue; `keep` is told of every one."""
     part = get("methods", editor)
     told = EditCase(case.model, {}, Training(seed=seed), edits=edits, corpus=case.corpus, prefixes=PREFIXES)
-    return carry_out(part, told, {**part.preset, **settings}, mode)
+    return carry_out(part, told, {**part.preset, **settings}, mode, keep=keep)
 
 
 def measured(model: Any, before: LanguageModel, edits: Sequence[EditRow]) -> dict[str, float]:
@@ -102,15 +111,17 @@ def measured(model: Any, before: LanguageModel, edits: Sequence[EditRow]) -> dic
     `subject` and `neighbours` of the true ones beside; `tokens`: share of the new answers' tokens, as published;
     `kept`: answers beside at which every choice is the one before, right or wrong."""
     asked = questions(edits)
-    old, new = (ask(one, edits, asked, fluency=0) for one in (before, model))
+    beside = [one for one in asked if one.part == "locality"]
+    new = ask(model, edits, asked, fluency=0, writes=False)
+    old = iter(ask(before, edits, beside, fluency=0, writes=False).chosen)
     parts: dict[str, list[float]] = {}
-    for one, accuracy, was, now in zip(asked, new.accuracy, old.chosen, new.chosen):
+    for one, accuracy, now in zip(asked, new.accuracy, new.chosen):
         names = {"edit_success": "success"}
         parts.setdefault(one.kind or names.get(one.part, one.part), []).append(float(accuracy == 1))
         if one.part == "edit_success":
             parts.setdefault("tokens", []).append(accuracy)
         if one.part == "locality":
-            parts.setdefault("kept", []).append(float(np.array_equal(was[0], now[0])))
+            parts.setdefault("kept", []).append(float(np.array_equal(next(old)[0], now[0])))
     return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
