@@ -63,7 +63,7 @@ class EditRequest(Common):
     )
     corpus: Place | DataSource | None = Field(None, description="Texts that key statistics are taken of.")
     demonstrations: Place | DataSource | None = Field(
-        None, description="Edit rows of other facts, to be shown in the context (ike) or trained on (serac)."
+        None, description="Edit rows of other facts, to be shown in the context (ike) or trained on (serac, mend)."
     )
     prefixes: list[str] | None = Field(
         None, description="Texts put before prompts while values are worked out; by default the model writes its own."

@@ -60,7 +60,7 @@ class EditCase:
     memory: dict[str, Any] = field(default_factory=dict)
     """What is worked out once for all edits over one base: statistics, prefixes."""
     demonstrations: Sequence[EditRow] = ()
-    """Other facts: to be shown in the context (ike), or trained on (serac)."""
+    """Other facts: to be shown in the context (ike), or trained on (serac, mend)."""
     earlier: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     """By layer what earlier edits of a sequence left to later ones: keys (n, f) to be spared, or statistics."""
 
