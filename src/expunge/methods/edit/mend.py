@@ -201,9 +201,9 @@ def taught(
         from safetensors.torch import load_file
 
         kept = load_file(folder / "network.safetensors")
-        losses = kept.pop("losses")
+        ends = kept.pop("losses")
         network.load_state_dict(kept)
-        return network.to(subject.device), losses
+        return network.to(subject.device), ends
     lessons = _lessons(replace(case, subject=subject, edits=shown), shown, matrices)
     for number in range(len(matrices)):
         z = torch.cat([torch.cat(lesson.factors[number], 1) for lesson in lessons])
