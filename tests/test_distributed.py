@@ -52,8 +52,8 @@ CASES = {
 }
 
 
-# Every other gradient method at its defaults; those for mixtures of experts, or with a scope of their own, choose it.
-OWN_SCOPE = {"uoe", "seuf", "gs_lora", "gs_lora_plus_plus", "loku"}
+# Every other gradient method, once under all its names, at its defaults; some choose their scope.
+OWN_SCOPE = {"uoe", "gs_lora", "loku"}
 CASES |= {
     part.name: (
         "mixtral" if "routed_experts" in part.card.requires else "llama",
@@ -64,6 +64,7 @@ CASES |= {
     )
     for part in serving("methods", "language")
     if part.card.kind == "optimise" and part.name not in {case[1] for case in CASES.values()}
+    if part.name in (part.function.__name__, "loku")
 }
 
 

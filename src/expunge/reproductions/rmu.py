@@ -103,7 +103,7 @@ NOTES = [
     "output matrices of the layer and the two below it move, at 2e-3. The published pairs of coefficient and weight, "
     "(6.5, 1200) and (20, 100), belong to 7B models.",
     "scale 5, alpha 100 runs at half the rate; it is judged at a quarter of the steps and at half.",
-    "The contrast direction of the first release (CUT) is not part of the product, so that claim is not tested.",
+    "The contrast direction of the first release (CUT) is `direction: contrast`; that it does no better is not tested.",
     "Cost: tests/test_taps.py checks that leaving after the layer read and starting at a stored prefix give the full "
     "pass's loss and gradients; benchmarks/steps.py measures what they save.",
 ]
