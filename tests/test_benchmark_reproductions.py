@@ -88,7 +88,7 @@ def test_tofu_measures_epochs_against_gold() -> None:
 
 
 def test_rwku_writes_its_corpus_and_forgets_from_it() -> None:
-    found = rwku.trial("ga", 0, count=1, steps=4, recipe=TINY)["targets"]
+    found = rwku.trial("ga", 0, count=1, steps=4, every=2, recipe=TINY)["targets"]
     assert len(found) == 1
     assert found[0]["step"] in (2, 4)
     before = rwku.trial("before", 0, count=2, recipe=TINY)["targets"]
@@ -98,7 +98,7 @@ def test_rwku_writes_its_corpus_and_forgets_from_it() -> None:
 
 def test_the_other_baselines_of_rwku_run_on_what_a_name_gives() -> None:
     for method in ("dpo", "rt"):
-        found = rwku.trial(method, 0, count=1, steps=2, recipe=TINY)["targets"]
+        found = rwku.trial(method, 0, count=1, steps=2, every=2, recipe=TINY)["targets"]
         assert found[0]["step"] == 2
     found = rwku.trial("repe", 0, count=1, recipe=TINY)["targets"]
     assert found[0]["step"] in rwku.STRENGTHS

@@ -31,7 +31,7 @@ def muse(
     people: dict[str, int] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> Findings:
-    """MUSE: most methods stop memorisation, privacy leaks all the same, utility falls, with every request further.
+    """MUSE: which of eight methods stop memorisation, do not leak, keep utility and stand further requests.
 
     Args:
         epochs: of the gradient methods, and of the reinforced models of the others.

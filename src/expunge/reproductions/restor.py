@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Forget terms beside the likelihood (kl: the predictions) of rows about other people. Localised: only the tokens of
 wrong values count; they are ten times fewer than a document's, and beta weighs whole answers."""
-AT = (10, 20, 40, 60, 120)
+AT = (20, 60, 120)
 """Steps of unlearning after which a model is asked, as it is and after the light tuning."""
 FORGOTTEN = 0.2
 """Share of injected answers at which methods are compared at equal forgetting."""

@@ -106,7 +106,7 @@ def trial(
     count: int = 5,
     together: bool = False,
     steps: int = 30,
-    every: int = 2,
+    every: int = 3,
     learning_rate: float = 5e-4,
     recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def rwku(
     """
     shared = {"learning_rate": learning_rate, "recipe": recipe}
     alone = case.trials(trial, [{"method": method, "count": count, "steps": steps, **shared} for method in NAMES])
-    more = {"together": True, "steps": steps + 10, "every": 5, **shared}
+    more = {"together": True, "steps": steps + 10, "every": 10, **shared}
     batch = case.trials(trial, [{"method": method, **more} for method in ("before", *BASELINES)])
     return Findings(
         claims=judge(alone, batch),
@@ -230,7 +230,7 @@ def rwku(
             "for dpo, about a name it never heard with the target's put in (negative); no text about anybody else. rt "
             "sees questions in wordings that anybody could put to a name, with refusals; the paper's model writes its "
             "questions itself, which this one cannot.",
-            f"Rows are the first measuring point, every second step (every fifth with ten targets), at which at most "
+            f"Rows are the first measuring point, every third step (every tenth with ten targets), at which at most "
             f"{LEFT} of the recall on levels 1 and 2 is left, so that methods are compared at equal forgetting; where "
             "`reached` is below 1, the last one of the runs that do not get there.",
             "repe: `steer` from the ends of the positive texts to those of the negative ones; `steps` are multiples of "
