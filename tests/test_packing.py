@@ -405,6 +405,26 @@ def test_rows_that_are_done_leave_and_the_others_go_on():
     assert {ended for (ended,) in cut.stopped} == {True, False}
 
 
+@pytest.mark.parametrize("rows", [[0, 4, 2], [3, 3, 1], [4, 3, 2, 1, 0], slice(2), []])
+def test_a_cache_keeps_the_rows_asked_for_in_their_order(rows):
+    keys, values = torch.randn(2, 3, 20, 4, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(20).view(5, 4)
+    room = contexts.Room(keys, values, index)
+    assert torch.equal(room.keys, keys[:, index].transpose(0, 1))
+    room.keep(rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.long), 1)
+    for found, whole in ((room.keys, keys), (room.values, values)):
+        assert torch.equal(found, whole[:, index[rows, 1:]].transpose(0, 1))
+    more = torch.ones(len(room.keys), 3, contexts.SPARE + 1, 4)
+    before = room.keys.clone()
+    assert torch.equal(room.update(more, more)[0], torch.cat([before, more], dim=2))
+
+
+def test_rows_at_the_end_take_the_places_of_those_that_are_done():
+    going = torch.tensor([True, False, True, True, False, False, True])
+    assert decoding._closed_up(going).tolist() == [0, 6, 2, 3]
+    assert decoding._closed_up(torch.tensor([True, True])).tolist() == [0, 1]
+
+
 def test_groups_hold_every_prompt_once_and_are_shared_out():
     subject = LanguageModel(*tiny("llama"))
     prompts = [[1] * n for n in (5, 2, 9, 5, 7)]

@@ -92,20 +92,26 @@ class Room(DynamicLayer):
         super().__init__()
         self.lazy_initialization(keys, values)
         self.used = index.shape[1]
-        self.whole = []
-        for part in (keys, values):
-            room = part.new_empty(len(index), len(part), self.used + SPARE, part.shape[2])
-            room[:, :, : self.used] = part[:, index].transpose(0, 1)
-            self.whole.append(room)
+        heads = torch.arange(len(keys), device=index.device)[:, None]
+        columns = nn.functional.pad(index, (0, SPARE))[:, None]
+        self.whole = [part[heads, columns] for part in (keys, values)]
         self._show()
 
     def _show(self) -> None:
         self.keys, self.values = (part[:, :, : self.used] for part in self.whole)
 
     def keep(self, rows: Tensor | slice, unused: int) -> None:
-        """Keep these rows, without the first `unused` columns; a slice copies nothing."""
+        """Keep these rows, in this order, without the first `unused` columns; only rows that change places are copied."""
+        for i, part in enumerate(self.whole):
+            if isinstance(rows, slice):
+                part = part[rows]
+            else:
+                shown = part[:, :, unused : self.used]
+                moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+                shown[moved] = shown[rows[moved]]
+                part = part[: len(rows)]
+            self.whole[i] = part[:, :, unused:]
         self.used -= unused
-        self.whole = [part[rows, :, unused:] for part in self.whole]
         self._show()
 
     def join(self, other: Room, width: int) -> None:

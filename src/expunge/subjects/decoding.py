@@ -1,9 +1,9 @@
 """Writing: prompts are continued together, whatever their lengths, and leave when they are done.
 
 Prompts are read in packed passes, cut so that they end in one column (subjects/contexts.py), and decoded in as few and
-large batches as `cache_bytes` allows: the number of steps is the longest output's. Rows that are done stay in the batch
-until they are an eighth of it, so that dropping them copies the cache a few times and not at every step. Models whose
-keys and values cannot be cut decode prompts of one length at a time.
+large batches as `CACHE_BYTES` allows: the number of steps is the longest output's. Rows that are done stay in the batch
+until they are an eighth of it; then rows from its end take their places, so that little of the cache is copied. Models
+whose keys and values cannot be cut decode prompts of one length at a time.
 
 What is written depends on the prompt, and for samples on the seed, but not on the batch.
 """
@@ -73,6 +73,7 @@ class Started:
         self.logits = logits
         """(rows, V) of what follows."""
 
+    @torch.no_grad()
     def keep(self, rows: Tensor) -> None:
         """Drop all other rows."""
         self.contexts.keep(rows)
@@ -86,6 +87,7 @@ class Started:
         self.contexts.join(other.contexts)
         return True
 
+    @torch.no_grad()
     def follow(self, tokens: Tensor) -> Tensor:
         """(rows, V) logits of what follows these tokens (rows,), which are read from now on."""
         return self.contexts.feed(self.subject.model, tokens[:, None], logits_to_keep=1).logits[:, -1]
@@ -163,11 +165,19 @@ def decode(
         if step + 1 == limit or not left:
             break
         if left <= len(line) - max(1, len(line) // DONE):
-            index = going.nonzero()[:, 0]
+            index = _closed_up(going)
             going_on.keep(index)
             line, token, going = line[index], token[index], going[index]
         logits = going_on.follow(token)
     return [([t for t in row if t >= 0], end) for row, end in zip(written.tolist(), ended.tolist())]
+
+
+def _closed_up(going: Tensor) -> Tensor:
+    """Rows that go on: those at the end take the places of rows that are done, and all others keep theirs."""
+    left = int(going.sum())
+    rows = torch.arange(left, device=going.device)
+    rows[~going[:left]] = left + going[left:].nonzero()[:, 0]
+    return rows
 
 
 @torch.no_grad()
