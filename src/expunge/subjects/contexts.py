@@ -101,7 +101,7 @@ class Room(DynamicLayer):
         self.keys, self.values = (part[:, :, : self.used] for part in self.whole)
 
     def keep(self, rows: Tensor | slice, unused: int) -> None:
-        """Keep these rows, in this order, without the first `unused` columns; only rows that change places are copied."""
+        """Keep these rows, in this order, without the first `unused` columns; what stays in its place is not copied."""
         for i, part in enumerate(self.whole):
             if isinstance(rows, slice):
                 part = part[rows]
