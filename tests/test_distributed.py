@@ -54,7 +54,7 @@ CASES = {
 
 # Every other gradient method, once under all its names, at its defaults; some choose their scope.
 OWN_SCOPE = {"uoe", "gs_lora", "loku"}
-CASES |= {
+EVERY = {
     part.name: (
         "mixtral" if "routed_experts" in part.card.requires else "llama",
         part.name,
@@ -83,7 +83,7 @@ def rows(word, count):
 
 def train(name, folder=None, progress=None):
     """(delta's tensors, loss of every step, warnings)"""
-    architecture, method, scope, settings, changes = CASES[name]
+    architecture, method, scope, settings, changes = {**CASES, **EVERY}[name]
     part = get("methods", method)
     outcome = unlearn(
         LanguageModel(*tiny(architecture)),
@@ -134,18 +134,28 @@ def equal(a, b):
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-def worker(folder):
+def worker(folder, every):
     torch.set_num_threads(1)
     processes.start()
     rank = processes.rank()
     assert processes.count() == 2
-    check_agreement(rank)
-    found = {"tables": check_tables(rank)}
+    found = {}
+    if not every:
+        check_agreement(rank)
+        found["tables"] = check_tables(rank)
     for fsdp in (False, True):
         os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
-        for name in CASES:
+        for name in EVERY if every else CASES:
             found[name, fsdp] = train(name)
-    check_parts()
+    if not every:
+        check_parts()
+        check_interrupted(folder)
+    if processes.first():
+        torch.save(found, folder / "found.pt")
+    processes.end()
+
+
+def check_interrupted(folder):
 
     def stop(done, _):
         if done == 2:
@@ -153,9 +163,6 @@ def worker(folder):
 
     with pytest.raises(KeyboardInterrupt):
         train("adapters", folder, stop)
-    if processes.first():
-        torch.save(found, folder / "found.pt")
-    processes.end()
 
 
 def check_agreement(rank):
@@ -223,7 +230,16 @@ def free_port():
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What two processes found, and the folder where their interrupted run is."""
-    folder = tmp_path_factory.mktemp("pair")
+    return two_processes(tmp_path_factory.mktemp("pair"), "cases")
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """What two processes found of every other method."""
+    return two_processes(tmp_path_factory.mktemp("every"), "every")[0]
+
+
+def two_processes(folder, what):
     port = free_port()
     source = str(Path(__file__).parent.parent / "src")
     path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -233,7 +249,7 @@ def pair(tmp_path_factory):
         environment |= {"MASTER_PORT": port, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         workers.append(
             subprocess.Popen(
-                [sys.executable, __file__, str(folder)], env={**os.environ, **environment}, stderr=subprocess.PIPE
+                [sys.executable, __file__, str(folder), what], env={**os.environ, **environment}, stderr=subprocess.PIPE
             )
         )
     try:
@@ -251,8 +267,19 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("name", CASES)
 def test_one_and_two_processes_give_the_same_trajectory(pair, name, fsdp):
+    compare(name, fsdp, pair[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_takes_one_way_in_one_and_in_two_processes(every, name, fsdp):
+    compare(name, fsdp, every)
+
+
+def compare(name, fsdp, theirs):
     entries, losses, _ = train(name)
-    found, their_losses, warnings = pair[0][name, fsdp]
+    found, their_losses, warnings = theirs[name, fsdp]
     assert their_losses == pytest.approx(losses, abs=1e-5)
     assert found.keys() == entries.keys()
     for tensor, entry in entries.items():
@@ -441,5 +468,5 @@ def test_one_process_needs_no_launch():
 
 
 if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    worker(Path(sys.argv[1]), sys.argv[2] == "every")
     processes.leave(0)
