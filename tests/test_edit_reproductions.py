@@ -47,66 +47,34 @@ def test_told_facts_are_answered_by_what_was_told(world: World) -> None:
     assert not any(name in row.prompt + row.answer for row in told.lessons(world) for name in unseen)
 
 
-def test_edits_are_facts_that_the_model_knows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = told.subject_of(world, TINY)
-    seen: list[Any] = []
-
-    class Every:
-        known = np.array([i % 2 == 0 for i in range(16)])
-
-    def knowledge(_: Any, rows: Any) -> Any:
-        seen.extend(rows)
-        return Every
-
-    monkeypatch.setattr(told, "knowledge", knowledge)
-    edits, before = told.edits(world, base)
-    assert len(seen) == 16
-    assert [edit.id for edit in edits] == [row.id for row in seen[::2]]
-    for row in seen:
-        assert row.answer in [
-            world.people[row.entity].value(about) for about in ("born_in", "trade", "teacher", "work")
-        ]
-    assert len(before) == 5
-
-
 # --- trials at a tiny budget -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of this size knows too little: its edits are of facts that it does not know."""
-    edits = told.edits
-
-    class Few:
-        known = np.array([True] * 4 + [False] * 12)
-
-    monkeypatch.setattr(told, "knowledge", lambda *_: Few)
-    monkeypatch.setattr(knowedit, "edits", edits)
-
-
 @pytest.mark.parametrize("editor", ["ft_m", "ice"])
-def test_knowedit_measures_an_editor(editor: str, known: None) -> None:
-    found = knowedit.edited(editor, 0, TINY)
+def test_knowedit_measures_an_editor(editor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knowedit, "FACTS", 4)
+    found = knowedit.edited(editor, 0, 30, TINY)
     assert found["edits"] == 4
     assert set(knowedit.SHOWN) <= set(found)
     assert all(0 <= found[name] <= 1 for name in knowedit.SHOWN)
 
 
-def test_knowedit_traces(known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knowedit_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knowedit, "FACTS", 4)
     locate = knowedit.locate
     monkeypatch.setattr(knowedit, "locate", lambda base, edit: replace(locate(base, edit), answer=None))
-    found = knowedit.traced(0, 2, TINY)
+    found = knowedit.traced(0, 2, 30, TINY)
     assert found["facts"] == 4
     assert {len(values) for values in found["places"].values()} == {4}
 
 
 def test_agreement_is_of_one_sub_type_alone() -> None:
-    asked = [Question(0, "locality", kind, "p", ("a",)) for kind in ("Neighborhood", "Relation_Specificity")]
+    asked = [Question(0, "locality", kind, "p", ("a",)) for kind in ("neighbours", "subject")]
     before = Answers([[np.array([1, 2])], [np.array([3])]], [], [], [])
     after = Answers([[np.array([1, 9])], [np.array([3])]], [], [], [])
     answers = {"before": before, "after": after}
-    assert knowedit.alike(asked, answers, "Neighborhood") == 0.5
-    assert knowedit.alike(asked, answers, "Relation_Specificity") == 1.0
+    assert knowedit.alike(asked, answers, "neighbours") == 0.5
+    assert knowedit.alike(asked, answers, "subject") == 1.0
 
 
 def test_concepts_are_ablated_and_contrasted() -> None:

@@ -13,7 +13,7 @@ from ..subjects.language import weights_fingerprint
 from .case import Case, Claim, Findings, Row, number, spread
 from .editing import alone, made, measured, subject, undone
 
-FACTS = 12
+FACTS = 16
 BATCH = 10
 MEMIT = "memit, {} at once, weight {:g}"
 SEQUENCE = "rome, {} in a row"
@@ -21,6 +21,7 @@ COLUMNS = {
     "success": "success",
     "tokens": "tokens (published protocol)",
     "rephrase": "paraphrase",
+    "one_hop": "one hop",
     "subject": "rest of the subject",
     "neighbours": "same fact of others",
     "kept": "unchanged beside",
@@ -28,10 +29,16 @@ COLUMNS = {
 
 
 def trial(
-    editor: str, settings: dict[str, Any], mode: str, count: int, seed: int, world: dict[str, Any] | None = None
+    editor: str,
+    settings: dict[str, Any],
+    mode: str,
+    count: int,
+    seed: int,
+    people: int = 100,
+    recipe: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Edits of one seed's facts, what they did, and whether they left the base as it was. `none` edits nothing."""
-    case = subject(seed, world)
+    case = subject(seed, people, recipe)
     edits = case.edits(count)
     if editor == "none":
         return {**measured(case.model, case.model, edits), "restored": 1.0}
@@ -49,11 +56,13 @@ def easyedit(
     facts: int = FACTS,
     batch: int = BATCH,
     weights: tuple[float, ...] = (30.0, 100.0, 300.0),
-    world: dict[str, Any] | None = None,
+    people: int = 100,
+    recipe: dict[str, Any] | None = None,
 ) -> Findings:
     """Where ROME works and what its covariance saves; what memories and contexts give and take; MEMIT against ROME.
 
-    `weights`: of MEMIT's covariance, chosen on the first seed. `world`: sizes of the invented world.
+    `weights`: of MEMIT's covariance, chosen on the first seed. `people` and `recipe`: size of the world of
+    editing and of its model (`expunge.world.models.Recipe`).
     """
     depth = 4
     runs: dict[str, tuple[str, dict[str, Any], str, int]] = {"no edit": ("none", {}, "one", facts)}
@@ -71,7 +80,7 @@ def easyedit(
     for weight in weights:
         runs[MEMIT.format(batch, weight)] = ("memit", {"layers": [0, 1], "weight": weight}, "batch", batch)
     grid = [
-        {"editor": editor, "settings": settings, "mode": mode, "count": count, "world": world}
+        {"editor": editor, "settings": settings, "mode": mode, "count": count, "people": people, "recipe": recipe}
         for editor, settings, mode, count in runs.values()
     ]
     found = case.trials(trial, grid)
@@ -143,10 +152,9 @@ def judge(rows: list[Row], depth: int, batch: int, weight: float) -> list[Claim]
             "In-context editing states every new fact and bends what is asked about others.",
             "IKE: 100 / 100 / locality 69.",
             "Success >= 0.9, the same fact of others at least 0.4 below ROME's.",
-            f"success {number(reads)}, others {number(mean(ike, 'neighbours'))}: the world's models never met a "
-            "text that "
-            "contradicts what they know, and go on with what they know",
-            None,
+            f"success {number(reads)}, others {number(mean(ike, 'neighbours'))} against ROME's "
+            f"{number(mean(best, 'neighbours'))}",
+            reads >= 0.9 and mean(best, "neighbours") - mean(ike, "neighbours") >= 0.4,
         ),
         Claim(
             "Many facts in one batch (MEMIT) do less harm than one after another (ROME).",
@@ -163,13 +171,16 @@ def judge(rows: list[Row], depth: int, batch: int, weight: float) -> list[Claim]
 
 
 NOTES = [
-    "Facts of retained people of the invented world (4 layers, d = 96, f = 192), in the wording the "
-    "model was taught; the "
-    "paraphrase is one it was not. ROME with its published 25 steps, rate 0.5 and clamp 4 behind five short texts; key "
-    "statistics over what the model was taught.",
+    "Facts of the world of editing (`reproductions/crossed.py`): 100 people, whose first and last names are shared by "
+    "five each, 4 blocks, d = 96, f = 256; asked in a wording the model was taught, the paraphrase in one it was not. "
+    "The first block sees two tokens, the one at hand and the one before: where it sees all, later tokens gather a "
+    "subject's names themselves, and no edit where the subject ends reaches the facts.",
+    "ROME with its published 25 steps, rate 0.5 and clamp 4 behind five facts of people whom no edit is about; key "
+    "statistics over what the model was taught. One hop: the country of another place of birth.",
     "Criteria are those of a prototype on another small model; settings were not changed to meet them.",
-    "Success counts an answer whose every token is the model's first choice; the published protocol counts tokens, of "
-    "which new and old answers share some.",
+    "Success counts an answer whose every token is the model's first choice; the published protocol counts tokens.",
+    "After a fact that it is told the model learned to repeat it, and never to be asked about anybody else: that `ike` "
+    "bends what is asked about others is learned.",
     "Whether fine-tuning is the weakest, as the table has it, cannot be told here: in small models it is "
     "as good as ROME.",
 ]

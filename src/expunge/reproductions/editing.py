@@ -1,4 +1,4 @@
-"""The invented world for editors: facts of retained people that get other answers, and what must stay."""
+"""Editors on the world of editing: facts that get other answers, what must follow, and what must stay."""
 
 from __future__ import annotations
 
@@ -18,77 +18,98 @@ from ..methods.optimise.loop import Training
 from ..registry import get
 from ..rows import Row
 from ..subjects.language import LanguageModel
-from ..world.corpus import statements
-from ..world.facts import RELATIONS, Person, World
-from .mini import mini
+from .crossed import RELATIONS, Crossed, country_of, crossed, lessons, model_of, sentence, wordings
 
 NEAR = 4
 """Others whose same fact is asked beside an edit."""
-PREFIXES = ("It is said.", "In the north.", "As everybody knows.", "So they say.", "Once more.")
+CONTEXTS = 5
+"""Sentences that are put before prompts."""
 
 
 @dataclass(frozen=True)
 class Subject:
     """One seed's world and its model."""
 
-    world: World
+    world: Crossed
     model: LanguageModel
-    corpus: list[Row]
-    """What key statistics and unrelated texts are taken of: what the model was taught."""
+
+    @property
+    def corpus(self) -> list[Row]:
+        """What key statistics and unrelated texts are taken of: what the model was taught."""
+        return lessons(self.world)
+
+    @property
+    def prefixes(self) -> list[str]:
+        """What is put before prompts while a fact's value is worked out: facts of people whom no edit is about."""
+        near = zip(self.spared, RELATIONS * CONTEXTS)
+        return [sentence(self.world, name, about) for name, about in list(near)[:CONTEXTS]]
+
+    @property
+    def edited(self) -> list[str]:
+        """People whose facts edits are about: five of six. No edit is about the others."""
+        return list(self.world.people)[: -(len(self.world.people) // 6)]
+
+    @property
+    def spared(self) -> list[str]:
+        return list(self.world.people)[len(self.edited) :]
 
     def edits(self, count: int) -> list[EditRow]:
-        """Facts of retained people with other answers: everybody's first before anybody's second.
+        """Facts with other answers: everybody's first before anybody's second, relations in turn.
 
         What must stay: the person's other facts (`subject`), save those that are edited too, and the same fact of
-        others (`neighbours`).
+        people whom no edit is about (`neighbours`). What must follow: of another place of birth the country it lies
+        in (`one_hop`), which is always another one.
         """
-        people = self.world.members("retain")
+        people = self.edited
+        if count > 4 * len(people):
+            raise ParameterError(
+                f"{count} edits, but {len(people)} people have {4 * len(people)} facts; make more people"
+            )
         pairs = [(p, RELATIONS[(i + turn) % len(RELATIONS)]) for turn in range(4) for i, p in enumerate(people)]
-        if count > len(pairs):
-            raise ParameterError(f"{count} edits, but the {len(people)} retained people have {len(pairs)} facts")
-        chosen = {(person.name, about) for person, about in pairs[:count]}
-        return [self._edit(person, about, chosen) for person, about in pairs[:count]]
+        chosen = set(pairs[:count])
+        return [self._edit(name, about, chosen) for name, about in pairs[:count]]
 
-    def _edit(self, person: Person, about: str, edited: Collection[tuple[str, str]]) -> EditRow:
-        draw = random.Random(f"{self.world.seed}/{person.name}/{about}/edit")
-        trained, held_out = (beginnings(self.world, person, about, held) for held in (False, True))
-        old = person.value(about)
-        new = draw.choice([value for value in self.world.choices[about] if value not in (old, person.name)])
-        near = draw.sample(self.world.members("neighbour", "forget"), NEAR)
-        locality = {
-            "subject": tuple(self.probe(person, other) for other in RELATIONS if (person.name, other) not in edited),
-            "neighbours": tuple(self.probe(one, about) for one in near),
-        }
-        return EditRow(
-            f"{person.name}/{about}", trained[0], new, person.name, (old,), (held_out[0],), locality=locality
+    def _edit(self, name: str, about: str, edited: Collection[tuple[str, str]]) -> EditRow:
+        world, old = self.world, self.world.people[name][about]
+        draw = random.Random(f"{world.seed}/{name}/{about}/edit")
+        country = world.country
+        new = draw.choice(
+            [
+                value
+                for value in world.choices[about]
+                if (country[value] != country[old] if about == "born_in" else value != old)
+            ]
         )
+        (prompt, *_), held_out = wordings(world, name, about)
+        locality = {
+            "subject": tuple(self.probe(name, other) for other in RELATIONS if (name, other) not in edited),
+            "neighbours": tuple(self.probe(one, about) for one in draw.sample(self.spared, NEAR)),
+        }
+        follows = {"one_hop": (Probe(country_of(name), (country[new],)),)} if about == "born_in" else {}
+        return EditRow(f"{name}/{about}", prompt, new, name, (old,), (held_out,), locality, follows)
 
-    def probe(self, person: Person, about: str) -> Probe:
-        return Probe(beginnings(self.world, person, about)[0], (person.value(about),))
+    def probe(self, name: str, about: str) -> Probe:
+        return Probe(wordings(self.world, name, about)[0][0], (self.world.people[name][about],))
 
     def others(self) -> list[EditRow]:
         """All facts of people whom no edit is about, as edits that change nothing."""
         return [
-            EditRow(f"{p.name}/{about}", self.probe(p, about).prompt, p.value(about), p.name)
-            for p in self.world.members("neighbour", "forget")
+            EditRow(f"{name}/{about}", probe.prompt, probe.answers[0], name)
+            for name in self.spared
             for about in RELATIONS
+            for probe in [self.probe(name, about)]
         ]
 
 
-def beginnings(world: World, person: Person, about: str, held_out: bool = False) -> list[str]:
-    """Statements of a fact up to its value; held out: wordings that no model was taught."""
-    return [text.removesuffix(" {value}.") for text in statements(world, person, about)[held_out]]
-
-
-def subject(seed: int, world: Mapping[str, Any] | None = None) -> Subject:
-    """The world of this seed and its original model, found in the user's cache after the first time.
+def subject(seed: int, people: int = 100, recipe: Mapping[str, Any] | None = None) -> Subject:
+    """The world of editing of this seed and its model, found in the user's cache after the first time.
 
     Args:
-        world: sizes, arguments of expunge.world.build.build.
+        people: how many there are; no edit is about a sixth of them.
+        recipe: of the model (`expunge.world.models.Recipe`), where it is not `crossed.RECIPE`.
     """
-    found = mini(seed, world)
-    rows = [row for name in ("forget", "retain", "neighbour", "general") for row in found.data[name]]
-    return Subject(found.world, found.original, rows)
+    world = crossed(seed, people)
+    return Subject(world, model_of(world, recipe))
 
 
 def made(
@@ -102,14 +123,14 @@ def made(
 ) -> list[Edited]:
     """Edits carried out by an editor of the catalogue; `keep` is told of every one."""
     part = get("methods", editor)
-    told = EditCase(case.model, {}, Training(seed=seed), edits=edits, corpus=case.corpus, prefixes=PREFIXES)
+    told = EditCase(case.model, {}, Training(seed=seed), edits=edits, corpus=case.corpus, prefixes=case.prefixes)
     return carry_out(part, told, {**part.preset, **settings}, mode, keep=keep)
 
 
 def measured(model: Any, before: LanguageModel, edits: Sequence[EditRow]) -> dict[str, float]:
     """Shares of answers whose every token is the model's first choice: `success` and `rephrase` of the new ones,
-    `subject` and `neighbours` of the true ones beside; `tokens`: share of the new answers' tokens, as published;
-    `kept`: answers beside at which every choice is the one before, right or wrong."""
+    `one_hop` of what follows, `subject` and `neighbours` of the true ones beside; `tokens`: share of the new answers'
+    tokens, as published; `kept`: answers beside at which every choice is the one before, right or wrong."""
     asked = questions(edits)
     beside = [one for one in asked if one.part == "locality"]
     new = ask(model, edits, asked, fluency=0, writes=False)
@@ -126,9 +147,10 @@ def measured(model: Any, before: LanguageModel, edits: Sequence[EditRow]) -> dic
 
 
 def alone(case: Subject, several: Sequence[Edited]) -> dict[str, float]:
-    """Means over edits of which each is a model of its own."""
+    """Means over edits of which each is a model of its own; over those that have what is asked."""
     found = [measured(edited.model(), case.model, edited.edits) for edited in several]
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: float(np.mean([one[name] for one in found if name in one])) for name in names}
 
 
 def undone(case: Subject, several: Sequence[Edited]) -> bool:

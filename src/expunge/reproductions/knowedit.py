@@ -1,7 +1,7 @@
 """KnowEdit (arXiv:2401.01286): what editors reach and what they spare, and whether tracing says where to edit.
 
-Single edits over one base (reproductions/told.py), scored as the benchmark does: success, rephrasing, one step of
-reasoning, other facts of the same subject, the same fact of other subjects.
+Single edits in the world of editing (reproductions/crossed.py), scored as the benchmark does: success, rephrasing, one
+step of reasoning, other facts of the same subject, the same fact of other subjects.
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ import numpy as np
 
 from ..edit_scores import Answers, Question, by_edit, compared
 from ..evidence import Table
-from ..methods.edit.case import EditCase
-from ..methods.edit.operations import carry_out
-from ..methods.optimise.loop import Training
-from ..registry import get, reproduction
+from ..registry import reproduction
 from ..subjects.restoring import PLACES, causal_trace, locate
-from ..world.facts import make
 from .case import Case, Claim, Findings, Spread, number, spread
 from .case import Row as Trial
-from .told import edits, lessons, subject_of
+from .editing import made, subject
 
 EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"rome {layer}": ("rome", {"layer": layer}) for layer in range(4)},
@@ -39,21 +35,19 @@ ANYWHERE = "rome 0, last token"
 """Told no subject, so that facts are looked up at the prompt's last token."""
 WEIGHTS = ("memit", "ft_l", "ft_m", "lora_edit")
 """Editors of weights beside ROME."""
-SUBJECT, OTHERS = "Relation_Specificity", "Neighborhood"
+SUBJECT, OTHERS = "subject", "neighbours"
+FACTS = 16
 SHOWN = ("success", "two_tokens", "rephrase", "portability", "same_subject", "others", "written", "written_rephrase")
 
 
-def edited(editor: str, seed: int, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+def edited(editor: str, seed: int, people: int = 100, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
     """Scores of one editor, mean over single edits."""
-    world = make(seed)
-    base = subject_of(world, recipe)
-    chosen, before = edits(world, base)
+    case = subject(seed, people, recipe)
+    chosen = case.edits(FACTS)
     if editor == ANYWHERE:
         chosen = [replace(edit, subject="") for edit in chosen]
-    case = EditCase(base, {}, Training(seed=seed), edits=chosen, corpus=lessons(world), prefixes=before)
     name, settings = EDITORS[editor]
-    made = carry_out(get("methods", name), case, settings, "one")
-    facts, asked, answers = compared(base, made, fluency=0, seed=seed)
+    facts, asked, answers = compared(case.model, made(case, name, settings, chosen, "one", seed), fluency=0, seed=seed)
     scores = by_edit(asked, answers)
     long = [i for i, one in enumerate(facts) if " " in one.target_new]
     success = scores["edit_success"]["after"]
@@ -81,12 +75,13 @@ def alike(asked: Sequence[Question], answers: dict[str, Answers], kind: str) -> 
     return float(np.mean([(answers["before"].chosen[i][0] == answers["after"].chosen[i][0]).mean() for i in at]))
 
 
-def traced(seed: int, draws: int, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+def traced(seed: int, draws: int, people: int = 100, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
     """Mean MLP effects of the facts that are edited: by place and layer, as shares of the total effect."""
-    world = make(seed)
-    base = subject_of(world, recipe)
-    facts = [locate(base, edit) for edit in edits(world, base)[0]]
-    found = [one for one in causal_trace(base, facts, kinds=("mlp",), width=1, draws=draws, seed=seed) if one.chosen]
+    case = subject(seed, people, recipe)
+    facts = [locate(case.model, edit) for edit in case.edits(FACTS)]
+    found = [
+        one for one in causal_trace(case.model, facts, kinds=("mlp",), width=1, draws=draws, seed=seed) if one.chosen
+    ]
     total = float(np.mean([one.total for one in found]))
     places = {}
     for place in PLACES:
@@ -98,15 +93,17 @@ def traced(seed: int, draws: int, recipe: dict[str, Any] | None = None) -> dict[
 
 
 @reproduction(paper="arXiv:2401.01286", cost="5 min on 2 cores, models of its own included")
-def knowedit(case: Case, *, draws: int = 6, recipe: dict[str, Any] | None = None) -> Findings:
+def knowedit(case: Case, *, draws: int = 6, people: int = 100, recipe: dict[str, Any] | None = None) -> Findings:
     """KnowEdit: what editors reach and spare, one edit at a time, and whether causal tracing says where to edit.
 
     Args:
         draws: of noise in tracing.
-        recipe: of the model (`expunge.world.models.Recipe`).
+        people: of the world of editing.
+        recipe: of its model (`expunge.world.models.Recipe`).
     """
-    rows = case.trials(edited, [{"editor": editor, "recipe": recipe} for editor in EDITORS])
-    traces = case.trials(traced, [{"draws": draws, "recipe": recipe}])
+    world = {"people": people, "recipe": recipe}
+    rows = case.trials(edited, [{"editor": editor, **world} for editor in EDITORS])
+    traces = case.trials(traced, [{"draws": draws, **world}])
     return Findings(claims=judge(rows, traces), tables=[scores(rows), effects(traces)], notes=notes(rows, traces))
 
 
@@ -239,12 +236,13 @@ def notes(rows: Sequence[Trial], traces: Sequence[Trial]) -> list[str]:
     told = number(of(rows, ANYWHERE, "written").mean)
     count = sum(row["edits"] for row in rows if row["editor"] == "ft_m")
     return [
-        f"{count} edits in all: the counterfact set of the benchmark's mini version, as far as the model knows these "
-        "facts. Rephrasings are wordings that no model was trained on for that fact; names and titles have two words.",
+        f"{count} edits in all, of people whose first and last names are shared by five each; works have two words. "
+        "Rephrasings are wordings that no model was trained on for that fact. What follows is the country of another "
+        "place of birth.",
         f"ROME writes at the subject's last token, where this model's first MLP carries {subject} of a fact; at the "
         f"prompt's last token it carries {last}. Without a subject, so that it writes there, ROME has the model write "
-        f"{told} of the new answers at layer 0, against {number(of(rows, 'rome 0', 'written').mean)}. Names are unique "
-        "in this world; where first and last names are shared, the last one must gather what both say.",
+        f"{told} of the new answers at layer 0, against {number(of(rows, 'rome 0', 'written').mean)}. The first block "
+        "sees a token and the one before it, so that both names meet where the subject ends.",
         "Criteria that were set on answers of one token count answers that are written as a whole: of longer ones the "
         "teacher-forced score of an unedited model is far from 0.",
         "Locality is agreement with the model before the edit, as in the benchmark, not accuracy.",

@@ -50,12 +50,10 @@ def sampled(edits: Sequence[EditRow], seed: int) -> Sequence[EditRow]:
     return [edits[i] for i in sorted(random.Random(seed).sample(range(len(edits)), ASKED))]
 
 
-def trial(
-    editor: str, settings: dict[str, Any], counts: list[int], seed: int, world: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def trial(editor: str, settings: dict[str, Any], counts: list[int], seed: int, people: int = 100) -> dict[str, Any]:
     """One sequence, measured after so many edits as if no more were made, over those that were; and whether it can be
     undone."""
-    case = subject(seed, world)
+    case = subject(seed, people)
     before = weights_fingerprint(case.model.model)
     clock = [time.process_time()]
     edits = case.edits(max(counts))
@@ -77,14 +75,14 @@ def sequential_edits(
     *,
     counts: tuple[int, ...] = (1, 3, 10, 30, 100),
     shared: int = 30,
-    world: dict[str, Any] | None = None,
+    people: int = 100,
 ) -> Findings:
     """Success, locality and what is left of the rest over the number of edits, by nine editors; undone to the last bit.
 
-    Every seed goes on to the last of `counts` that is at most `shared`, the first seed to the end. `world`: sizes of
-    the invented world.
+    Every seed goes on to the last of `counts` that is at most `shared`, the first seed to the end. `people`: of the
+    world of editing.
     """
-    grid = [{"editor": name, "settings": settings, "world": world} for name, settings in EDITORS.items()]
+    grid = [{"editor": name, "settings": settings, "people": people} for name, settings in EDITORS.items()]
     first, rest = replace(case, seeds=case.seeds[:1]), replace(case, seeds=case.seeds[1:])
     begun = [count for count in counts if count <= shared]
     found = first.trials(trial, [{**one, "counts": list(counts)} for one in grid])

@@ -1,26 +1,20 @@
 """The invented world for editing: a model that knows its people and also reads facts that it is told.
 
 It learns what the world's own models learn, and sequences that tell a new fact, as `ike` does, and ask for it in the
-same or in other words. Edits are those of the benchmark's mini version.
+same or in other words.
 """
 
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ..benchmarks.knowedit_data import factual, locate, prefixes
-from ..benchmarks.knowedit_mini import mini
-from ..edits import EditRow
 from ..rows import Row
 from ..subjects.language import LanguageModel
 from ..world.corpus import statements, training
 from ..world.facts import RELATIONS, World
 from ..world.models import Recipe
-from .measures import knowledge
 from .models import lessons as rows_of
 from .models import taught
 
@@ -51,23 +45,6 @@ def lessons(world: World) -> list[Row]:
 def subject_of(world: World, recipe: Mapping[str, Any] | None) -> LanguageModel:
     """The model; trained once, then found in the cache."""
     return taught("told", {"before": lessons(world)}, Recipe(**recipe) if recipe else RECIPE, world.seed)["before"]
-
-
-def edits(world: World, subject: LanguageModel) -> tuple[list[EditRow], list[str]]:
-    """The mini version's changed facts that the model knows, and texts to put before prompts."""
-    with tempfile.TemporaryDirectory(prefix="expunge-told-") as place:
-        folder = Path(place)
-        mini(world, folder)
-        found = factual(locate(folder, "counterfact", "test"), "any").edits
-        before = prefixes(folder) or []
-    known = knowledge(subject, [asked(edit) for edit in found]).known
-    return [edit for edit, right in zip(found, known) if right], before
-
-
-def asked(edit: EditRow) -> Row:
-    """The edit's prompt with the answer that is true."""
-    (truth,) = edit.ground_truth
-    return Row(edit.id, truth, edit.prompt, kind="completion", entity=edit.subject, value=truth)
 
 
 def stated(world: World, *relations: str) -> list[Row]:
