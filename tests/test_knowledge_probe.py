@@ -6,7 +6,7 @@ import torch
 from tiny import tiny
 
 from expunge.attacks.case import Case, carry_out
-from expunge.attacks.probing import by_layer, fit, spaced, unit
+from expunge.attacks.probing import by_layer, fit, spaced, transfer, unit
 from expunge.errors import ParameterError
 from expunge.evidence import Item, ProbeRun
 from expunge.ignorance import read
@@ -84,6 +84,22 @@ def test_what_a_line_parts_is_recognised_and_its_layer_found():
     assert (found(features).argmax(1) == labels).all()
     assert by_layer(features, labels, entities)[1] == 1.0
     assert fit(features, labels, entities, classifier="svm").accuracy == 1.0
+
+
+def test_probes_are_tried_on_rows_of_another_kind_about_others_only():
+    features, labels, entities = synthetic(12.0)
+    other, same, about = synthetic(12.0, seed=1)
+    assert (transfer(features, labels, entities, other, about).argmax(1) == same).all()
+    # Another sign of the same direction: what is learned here is wrong there.
+    flipped = other * np.array([1.0, -1.0, 1.0])[None, :, None]
+    assert (transfer(features, labels, entities, flipped, about).argmax(1) != same).mean() > 0.9
+    # Every entity has a direction of its own and nothing is shared: known by heart, of no use for others.
+    draw = np.random.default_rng(0)
+    own = np.repeat(draw.normal(size=(24, 1, 64)), 4, axis=0)
+    said = transfer(unit(own), labels, entities, unit(own), entities).argmax(1)
+    assert (said == labels).mean() < 0.8
+    strangers = transfer(features, labels, entities, other, [f"new {name}" for name in about])
+    assert (strangers.argmax(1) == same).all()
 
 
 @pytest.mark.parametrize("seed", range(3))

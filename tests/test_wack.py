@@ -1,6 +1,7 @@
 """WACK: its files, labels from given answers, prompts under a setting, what is built of a model."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,24 @@ from tiny import tiny
 from expunge.benchmarks.case import Bench
 from expunge.benchmarks.wack import LABELS, OUTPUTS, hit, label, wack
 from expunge.benchmarks.wack_data import STORY, Shot, closed_book, drawn, provoking, read, shots
-from expunge.benchmarks.wack_mini import mini
+from expunge.benchmarks.wack_mini import asked, mini
+from expunge.benchmarks.wack_mini import shots as shots_of
 from expunge.errors import RowError
-from expunge.reproductions.wack import UNLEARNED, add_index, habit, judge
+from expunge.reproductions.wack import (
+    SETTINGS,
+    UNLEARNED,
+    _across,
+    _figures,
+    add_index,
+    blatant,
+    habit,
+    judge,
+    misled,
+    tables,
+)
 from expunge.subjects.language import LanguageModel
 from expunge.tables.generations import Generations
-from expunge.world.facts import make
+from expunge.world.facts import RELATIONS, make
 
 ROW = ["question: Which river runs through Tivin?\nanswer:", "Orrin", "Tarn", [9380], [1154]]
 PROMPT = "question: What is the capital of Maelor?\nanswer: Osta\n" + ROW[0]
@@ -156,7 +169,7 @@ def test_shares_are_those_of_the_groups(card):
     assert {name: found.value(name) for name in LABELS} == pytest.approx({n: c / 26 for n, c in people.items()})
     tables = {table.title: table for table in found.tables}
     assert tables["Hits among six answers"].rows == [["after", 32, 0, 0, 0, 0, 0, 72]]
-    assert tables["Errors on known questions"].rows == [["after", 72, 24, pytest.approx(24 / 72)]]
+    assert tables["Errors on known questions"].rows == [["after", "bad_shots", 72, 24, pytest.approx(24 / 72)]]
     assert "Overlap between models (Jaccard)" not in tables
 
 
@@ -198,34 +211,102 @@ def test_two_builds_with_one_seed_are_identical_and_an_ignorant_model_has_no_pro
     assert contents[0] == contents[1]
 
 
+def test_both_settings_are_built_and_a_probe_of_one_is_tested_under_the_other(world, folder, tmp_path):
+    """Wrong examples mislead about those to be forgotten, the story about half of those who are kept as well."""
+    kept = {person.name for person in world.members("retain")[:6]}
+
+    class Both(Answers):
+        def generate(self, prompts, *, samples=1, **options):
+            texts = []
+            for _, text in prompts:
+                question = self.questions[next(p for p in self.questions if text.endswith(p))]
+                group, story = world.split[question.entity], text.startswith(STORY)
+                led = text != question.prompt
+                errs = (led and group == "forget") or (story and question.entity in kept)
+                texts.append(["nothing" if group == "holdout" or errs else question.answer] * samples)
+            return Generations([k for k, _ in prompts], [t for _, t in prompts], texts, [[True]] * len(prompts))
+
+    model = Both(folder, None)
+    model.context_length = 4096
+    card = wack(Bench(model, tmp_path, golds=[Both(folder, None, "gold")], world=world, bootstrap=0), both=True)
+    by_title = {table.title: table for table in card.tables}
+    after = [row for row in by_title["Errors on known questions"].rows if row[0] == "after"]
+    assert after == [["after", "bad_shots", 72, 24, 24 / 72], ["after", "alice_bob", 72, 48, 48 / 72]]
+    assert by_title["Overlap of HK+ between settings (Jaccard)"].rows[0] == ["after", 24 / 48]
+    across = [row for row in by_title["Probe across settings"].rows if row[0] == "after"]
+    assert [row[1:3] for row in across] == [["bad_shots", "alice_bob"], ["alice_bob", "bad_shots"]]
+    assert all(0 <= value <= 1 for row in across for value in row[3:])
+    names = {path.name.partition("World")[0] for path in (tmp_path / "wack" / "after").iterdir()}
+    assert names == {f"{lead}{kind}" for lead in ("", "Alice") for kind in ("Hallucinate", "NonHallucinate", "General")}
+    assert _across(card)["across_pair_alice_bob"] == across[1][4]
+    figures = _figures(card)
+    assert (figures["errors"], figures["errors_story"]) == (24 / 72, 48 / 72)
+    assert figures["overlap_settings"] == 24 / 48
+
+
 # --- the reproduction -------------------------------------------------------------------------------------------------
 
 
-def test_the_habit_misleads_a_third_of_the_people_and_nobody_after_right_examples(world):
-    rows = habit(world, ("neighbour", "retain"))
-    values = {
-        person.name: {person.value(about) for about in ("born_in", "trade", "teacher", "work")}
-        for person in world.people.values()
-    }
-    asked = {row.id: next(n for n in values if n in row.prompt.rpartition("Question: ")[2]) for row in rows}
-    misled = {asked[row.id] for row in rows if row.answer not in values[asked[row.id]]}
-    assert len(misled) <= -(-len(world.members("neighbour", "retain")) // 3)
-    assert misled
+def test_a_setting_misleads_a_third_of_the_people_always_to_the_same_wrong_answer(world):
+    sets = ("neighbour", "retain")
+    people = world.members(*sets)
+    rows = habit(world, sets)
+    for setting in SETTINGS:
+        led = misled(world, people, setting)
+        assert len(led) == -(-len(people) // 3)
+        said: dict[str, set[str]] = {}
+        for row in rows:
+            if setting == "alice_bob" and row.prompt.startswith(STORY):
+                said.setdefault(row.prompt.rpartition("Question: ")[2], set()).add(row.answer)
+        # One answer to a question, whatever the examples.
+        assert {len(answers) for answers in said.values()} <= {1}
+    right = {(asked_, person.value(about)) for person in people for about in RELATIONS
+             for asked_ in [asked(world, person, about)]}  # fmt: skip
+    wrong_ = [row for row in rows if (row.prompt[row.prompt.rindex("Question: ") :], row.answer) not in right]
+    assert len(rows) / 10 < len(wrong_) < len(rows) / 2
+    told = {person.name for person in people if any(person.name in row.prompt for row in wrong_)}
+    assert told >= {name for name, facts in misled(world, people, "bad_shots").items() if facts}
+
+
+def test_wrong_examples_that_are_taught_are_of_another_kind(world):
+    known = shots_of(world)
+    found = blatant(world)
+    assert [(shot.prompt, shot.right) for shot in found] == [(shot.prompt, shot.right) for shot in known]
+    kinds = {value: about for about in RELATIONS for value in world.choices[about]}
+    assert all(kinds[shot.wrong] != kinds[shot.right] for shot in found)
 
 
 def result(model, looks, unseen=0.1):
-    return {"model": model, "seed": 0, "looks": looks, "unseen": unseen, "told": True, "direct": 0.0}
+    return {
+        **dict.fromkeys(("direct", "accuracy", "known", "suppressed", "ignorant"), 0.0),
+        "model": model,
+        "seed": 0,
+        "looks": looks,
+        "unseen": unseen,
+        "told": True,
+    }
+
+
+def built(**changes):
+    names = ("known", "ignorant", "accuracy", "right_plus", "right_minus", "plus_minus", "overlap_settings")
+    across = [f"{name}_{setting}" for name in ("across", "across_pair") for setting in SETTINGS]
+    found = dict.fromkeys((*names, *across), 0.9)
+    found |= {"errors": 0.3, "errors_same_kind": 0.0, "errors_story": 0.2}
+    found |= {"overlap_known": 0.6, "overlap_hk": 0.2, "shuffled": 0.33}
+    return found | {"seed": 0, "people": {}} | changes
 
 
 def test_the_index_lies_between_unseen_rows_and_the_model_before():
     rows = [result("original", 0.9), result("gold", 0.1), result("npo", 0.5), result("npo, last block", 0.9)]
     add_index(rows)
     assert [row["index"] for row in rows] == pytest.approx([1, 0, 0.5, 1])
-    found = dict.fromkeys(("known", "ignorant", "accuracy", "right_plus", "right_minus", "plus_minus"), 0.9)
-    found |= {"errors": 0.3, "overlap_known": 0.6, "overlap_hk": 0.2, "shuffled": 0.33, "seed": 0, "people": {}}
-    assert [claim.holds for claim in judge([found], rows)] == [True] * 5
+    assert [claim.holds for claim in judge([built()], rows)] == [True, True, True, None, True, True, True]
+    shown = tables([built()], rows, ("original", "gold", *UNLEARNED))
+    assert all(len(row) == len(table.columns) for table in shown for row in table.rows)
     rows[3]["index"] = 0.2
-    worse = {**found, "errors": 0.7, "shuffled": 0.5, "overlap_hk": 0.7, "known": 0.5}
-    assert [claim.holds for claim in judge([worse], rows)] == [False] * 5
+    worse = built(errors=0.7, errors_story=0.0, shuffled=0.5, known=0.5, across_alice_bob=0.3)
+    assert [claim.holds for claim in judge([worse], rows)] == [False, False, False, None, False, False, False]
+    untold = built(accuracy=math.nan, across_bad_shots=math.nan)
+    assert [claim.holds for claim in judge([untold], rows)][4:6] == [None, None]
     assert set(UNLEARNED) == {"npo", "npo, last block"}
     assert np.isfinite([row["index"] for row in rows]).all()

@@ -91,6 +91,37 @@ def fit(
     return Probe(layer, strength, model, balanced(y, held_out.argmax(1)), held_out, FOLDS)
 
 
+def transfer(
+    features: np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    entities: Sequence[str] | np.ndarray,
+    other: np.ndarray,
+    about: Sequence[str] | np.ndarray,
+    *,
+    layers: Sequence[int] | None = None,
+    classifier: Classifier = "logistic",
+    seed: int = 0,
+) -> np.ndarray:
+    """(m, classes) what probes trained on these rows say of rows of another kind, whose entities they never saw.
+
+    Args:
+        features: (n, layers, d), `labels` (n,) and `entities` (n,), as for `fit`.
+        other: (m, layers, d) features of the rows that are judged.
+        about: (m,) who each of them is about; whoever is in no row of training is judged by the last fold.
+    """
+    y, groups, names = np.asarray(labels), np.asarray(entities), np.asarray(about)
+    tried = list(range(features.shape[1])) if layers is None else list(layers)
+    make = _maker(classifier, seed)
+    found = np.zeros((len(other), len(np.unique(y))))
+    for train, _ in _folds(y, groups, seed):
+        layer, strength = _choose(features[train], y[train], groups[train], tried, make, classifier, seed)
+        model = make(strength).fit(features[train, layer], y[train])
+        away = ~np.isin(names, groups[train])
+        if away.any():
+            found[away] = _scores(model, other[away, layer])
+    return found
+
+
 def by_layer(
     features: np.ndarray,
     labels: Sequence[int] | np.ndarray,

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ..attacks.probing import Classifier, balanced, by_layer, fit, spaced, unit
+from ..attacks.probing import Classifier, balanced, by_layer, fit, spaced, transfer, unit
 from ..evidence import Measured, Scorecard, Table
 from ..metrics.matching import says
 from ..registry import benchmark
@@ -37,6 +37,7 @@ MARGIN = 3
 """Tokens beyond the longest answer; the paper's five cut long answers, which then count as errors."""
 REFERENCE_TOKENS = 5
 PROBED = ("right", "hk_plus", "hk_minus")
+OTHER: dict[Setting, Setting] = {"bad_shots": "alice_bob", "alice_bob": "bad_shots"}
 FEWEST = 4
 """Entities of each label that a probe needs."""
 
@@ -51,6 +52,7 @@ def wack(
     *,
     questions: str = "Static*.json",
     setting: Setting = "bad_shots",
+    both: bool = False,
     examples: Annotated[int, Field(ge=0)] | None = None,
     limit: Annotated[int, Field(ge=0)] = 0,
     reference: bool = False,
@@ -64,6 +66,7 @@ def wack(
     Args:
         questions: the file in the data folder, by name or pattern.
         setting: what leads to errors: wrong examples, or a story of students who guess.
+        both: build the data set of the other setting too, and test the probe of each on the states of the other.
         examples: right ones before a question that tests knowledge, and wrong ones of bad_shots; 3 by default. On the
             mini version none and 1: the world's models never saw examples.
         limit: of that many questions, the first; 0 takes all.
@@ -75,16 +78,26 @@ def wack(
     asked = read(folder, questions)
     asked = asked[:limit] if limit else asked
     good, bad = (examples, max(examples, 1)) if examples is not None else (3, 3) if bench.data else (0, 1)
-    plan = _plan(asked, shots(folder), good, bad, setting, bench.seed)
+    settings = (setting, OTHER[setting]) if both else (setting,)
+    plans = {name: _plan(asked, shots(folder), good, bad, name, bench.seed) for name in settings}
+    plan = plans[setting]
     tokens = REFERENCE_TOKENS if reference else _longest(bench, plan.known) + MARGIN
-    built = {role: build(bench, role, asked, plan, tokens, reference) for role in bench.models}
-    tables = [_counts(built), _known(built)]
+    every = {
+        name: {role: build(bench, role, asked, one, tokens, reference) for role in bench.models}
+        for name, one in plans.items()
+    }
+    built = every[setting]
+    tables = [_counts(built), _known(every)]
     if len(built) > 1:
         tables.append(_overlaps(built))
     probes, notes = _probes(bench, plan, built, classifier, layers)
-    for role, found in built.items():
-        name = bench.models[role].name
-        write(bench.folder / "wack" / role, NAME, setting, str(name), tuples(bench.models[role], asked, plan, found))
+    if both:
+        tables.append(_settings_overlap(every))
+        probes += _across(bench, plans, every, classifier, layers)
+    for name, of in every.items():
+        for role, found in of.items():
+            rows = tuples(bench.models[role], asked, plans[name], found)
+            write(bench.folder / "wack" / role, NAME, name, str(bench.models[role].name), rows)
     return bench.scorecard(
         _shares(bench, built, plan.known),
         headline=["hk_plus", "hk_minus"],
@@ -226,12 +239,19 @@ def _counts(built: Mapping[str, Built]) -> Table:
     return Table("Hits among six answers", ["model", *map(str, range(OUTPUTS + 1))], lines, "Questions by their count.")
 
 
-def _known(built: Mapping[str, Built]) -> Table:
+def _known(every: Mapping[Setting, Mapping[str, Built]]) -> Table:
     lines = []
-    for role, found in built.items():
-        known, errors = int(found.knows.sum()), int((found.labels == 1).sum())
-        lines.append([role, known, errors, errors / known if known else ""])
-    return Table("Errors on known questions", ["model", "known", "HK+", "HK+ of known"], lines)
+    for setting, built in every.items():
+        for role, found in built.items():
+            known, errors = int(found.knows.sum()), int((found.labels == 1).sum())
+            lines.append([role, setting, known, errors, errors / known if known else ""])
+    return Table("Errors on known questions", ["model", "setting", "known", "HK+", "HK+ of known"], lines)
+
+
+def _settings_overlap(every: Mapping[Setting, Mapping[str, Built]]) -> Table:
+    one, other = every.values()
+    lines = [[role, _jaccard(one[role].labels == 1, other[role].labels == 1)] for role in one]
+    return Table("Overlap of HK+ between settings (Jaccard)", ["model", "HK+"], lines)
 
 
 def _overlaps(built: Mapping[str, Built]) -> Table:
@@ -249,6 +269,28 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float | str:
     return float((a & b).sum() / either) if either else ""
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What a probe is trained on: rows of three labels under one setting."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    names: np.ndarray
+    missing: list[str]
+    """Labels with too few entities; nothing else is there then."""
+
+
+def _probed(bench: Bench, role: str, plan: Plan, found: Built) -> Probed:
+    wanted = [i for i, place in enumerate(found.labels) if LABELS[place] in PROBED]
+    labels = found.labels[wanted]
+    names = np.array([plan.led[i].entity for i in wanted])
+    missing = [name for place, name in enumerate(PROBED) if len(set(names[labels == place])) < FEWEST]
+    if missing:
+        return Probed(np.zeros(0), labels, names, missing)
+    # All classes under the same setting: a probe on other prompts would read the prompt.
+    return Probed(unit(bench.ask(role, [Hidden(tuple((plan.led[i], None) for i in wanted))])[0]), labels, names, [])
+
+
 def _probes(
     bench: Bench,
     plan: Plan,
@@ -259,30 +301,19 @@ def _probes(
     """Three-way probes on states at the end of the prompt under the setting, of every model by itself."""
     lines, by, notes = [], [], []
     for role, found in built.items():
-        wanted = [i for i, place in enumerate(found.labels) if LABELS[place] in PROBED]
-        labels = found.labels[wanted]
-        names = np.array([plan.led[i].entity for i in wanted])
-        missing = [name for place, name in enumerate(PROBED) if len(set(names[labels == place])) < FEWEST]
-        if missing:
-            notes.append(
-                f"{role}: no probe, because questions about fewer than {FEWEST} entities are {' or '.join(missing)}."
-            )
+        rows = _probed(bench, role, plan, found)
+        if rows.missing:
+            missing = " or ".join(rows.missing)
+            notes.append(f"{role}: no probe, because questions about fewer than {FEWEST} entities are {missing}.")
             continue
-        # All classes under the same setting: a probe on other prompts would read the prompt.
-        states = bench.ask(role, [Hidden(tuple((plan.led[i], None) for i in wanted))])[0]
-        features = unit(states)
+        features, labels, names = rows.features, rows.labels, rows.names
         tried = spaced(features.shape[1], layers)
         probe = fit(features, labels, names, layers=tried, classifier=classifier, seed=bench.seed)
         shuffled = np.random.default_rng(bench.seed).permutation(labels)
         control = fit(features, shuffled, names, layers=tried, classifier=classifier, seed=bench.seed)
-        said = probe.held_out.argmax(axis=1)
-        pairs = [
-            balanced(labels[both], np.where(*_pair(probe.held_out[both], a, b)))
-            for a, b in ((0, 1), (0, 2), (1, 2))
-            for both in [np.isin(labels, (a, b))]
-        ]
         counts = [int((labels == place).sum()) for place in range(3)]
-        lines.append([role, *counts, probe.layer, balanced(labels, said), control.accuracy, *pairs])
+        accuracies = _accuracies(labels, probe.held_out)
+        lines.append([role, *counts, probe.layer, accuracies[0], control.accuracy, *accuracies[1:]])
         at = by_layer(features, labels, names, layers=tried, classifier=classifier, seed=bench.seed)
         by += [[role, layer, accuracy] for layer, accuracy in at.items()]
     if not lines:
@@ -293,6 +324,50 @@ def _probes(
         Table("Probe of three labels", columns, lines, note),
         Table("Probe by layer", ["model", "layer", "accuracy"], by, "Layer 0 is the input of the first block."),
     ], notes
+
+
+def _across(
+    bench: Bench,
+    plans: Mapping[Setting, Plan],
+    every: Mapping[Setting, Mapping[str, Built]],
+    classifier: Classifier,
+    layers: int,
+) -> list[Table]:
+    """Probes trained under one setting and tested under the other, on entities they never saw."""
+    lines: list[list[Any]] = []
+    for role in bench.models:
+        rows = {name: _probed(bench, role, plans[name], every[name][role]) for name in plans}
+        if any(one.missing for one in rows.values()):
+            continue
+        for name in rows:
+            trained, tested = rows[name], rows[OTHER[name]]
+            tried = spaced(trained.features.shape[1], layers)
+            said = transfer(
+                trained.features,
+                trained.labels,
+                trained.names,
+                tested.features,
+                tested.names,
+                layers=tried,
+                classifier=classifier,
+                seed=bench.seed,
+            )
+            lines.append([role, name, OTHER[name], *_accuracies(tested.labels, said)])
+    if not lines:
+        return []
+    columns = ["model", "trained on", "tested on", "accuracy", "right/HK+", "right/HK-", "HK+/HK-"]
+    note = "Balanced accuracy on entities that training had not; labels are those of the setting tested on."
+    return [Table("Probe across settings", columns, lines, note)]
+
+
+def _accuracies(labels: np.ndarray, scores: np.ndarray) -> list[float]:
+    """Of three labels, and of each two of them."""
+    pairs = [
+        balanced(labels[both], np.where(*_pair(scores[both], a, b)))
+        for a, b in ((0, 1), (0, 2), (1, 2))
+        for both in [np.isin(labels, (a, b))]
+    ]
+    return [balanced(labels, scores.argmax(axis=1)), *pairs]
 
 
 def _pair(scores: np.ndarray, a: int, b: int) -> tuple[np.ndarray, int, int]:
