@@ -11,6 +11,7 @@ from tiny import tiny
 
 from expunge.benchmarks.case import Bench
 from expunge.benchmarks.edit_attack import bias_scores, edit_attack, verdicts
+from expunge.benchmarks.edit_attack_abilities import ABILITIES
 from expunge.benchmarks.edit_attack_data import read
 from expunge.benchmarks.edit_attack_judge import ABSTENTIONS, abstains, commits, matches
 from expunge.benchmarks.edit_attack_mini import ambiguous, biased, groups, mini
@@ -358,6 +359,9 @@ def findings(**changes):
             row = {f"{name}_{role}": 1.0 for name in scores for role in ("before", "after")}
             row |= {"editor": editor, "seed": seed, "edits": 10, "ranks": "1", "energy": 1.0, "low_rank": 1.0}
             row |= dict.fromkeys(("subject", "subject_first", "object", "object_first"), 1.0)
+            row |= {f"accuracy_{exam}_{role}": 0.9 for exam in ABILITIES.values() for role in ("before", "after")}
+            row |= {"extra": {exam: [0.1, -0.1] for exam in ABILITIES.values()}}
+            row |= {"areas": {name: [[0.5] * 9, [0.9] * 9] for name in editing_attack.SUSPICIONS}}
             row["labels"] = "identical" if editor == "ike" else "low_rank_edit"
             facts.append({**row, **changes.get(editor, {})})
     spills = changes.get("spills", [0.1, 0.2, 0.1])
@@ -367,7 +371,7 @@ def findings(**changes):
     return facts, biases, others
 
 
-HELD = [True, True, True, True, True, True, None]
+HELD = [True, True, True, True, True, True, True, True, None]
 
 
 @pytest.mark.parametrize(
@@ -376,21 +380,32 @@ HELD = [True, True, True, True, True, True, None]
         ({}, None),
         ({"rome": {"efficacy_after": 0.59}}, 0),
         ({"rome": {"general_loss_after": 1.06}}, 1),
-        ({"rome": {"low_rank": 0.9}}, 2),
-        ({"rome": {"ranks": "1, 2"}}, 2),
-        ({"rome": {"energy": 0.98}}, 2),
-        ({"others": {"fine-tuned": "dense_change and low_rank_edit"}}, 2),
-        ({"rome": {"subject": 0.7}}, 3),
-        ({"rome": {"object": 0.5}}, 3),
-        ({"ike": {"labels": "identical, sparse_edit"}}, 4),
-        ({"spills": [0.1, -0.1, 0.0]}, 5),
+        ({"rome": {"extra": {exam: [0.1, 0.2] for exam in ABILITIES.values()}}}, 2),
+        ({"rome": {"areas": {name: [[0.5] * 18, [0.4, 0.6] * 9] for name in editing_attack.SUSPICIONS}}}, 5),
+        ({"rome": {"areas": {name: [[0.9] * 9, [0.9] * 9] for name in editing_attack.SUSPICIONS}}}, 5),
+        ({"rome": {"low_rank": 0.9}}, 3),
+        ({"rome": {"ranks": "1, 2"}}, 3),
+        ({"rome": {"energy": 0.98}}, 3),
+        ({"others": {"fine-tuned": "dense_change and low_rank_edit"}}, 3),
+        ({"rome": {"subject": 0.7}}, 4),
+        ({"rome": {"object": 0.5}}, 4),
+        ({"ike": {"labels": "identical, sparse_edit"}}, 6),
+        ({"spills": [0.1, -0.1, 0.0]}, 7),
     ],
 )
 def test_each_claim_of_the_reproduction_can_fail(changes, fails):
     rows = findings(**changes)
     expected = [False if number == fails else held for number, held in enumerate(HELD)]
     assert [claim.holds for claim in editing_attack.judge(*rows)] == expected
-    assert [len(table.rows) for table in editing_attack.tables(*rows)] == [3, 2, 3]
+    assert [len(table.rows) for table in editing_attack.tables(*rows)] == [3, 2, 12, 2, 3]
+
+
+def test_an_exam_that_the_models_cannot_do_decides_nothing():
+    rows = findings(**{editor: {"accuracy_nli_before": 0.5} for editor in editing_attack.EDITORS})
+    assert "nli" not in editing_attack.able(rows[0])
+    changes = {f"accuracy_{exam}_before": 0.0 for exam in ABILITIES.values()}
+    rows = findings(**dict.fromkeys(editing_attack.EDITORS, changes))
+    assert [claim.holds for claim in editing_attack.judge(*rows)][2] is None
 
 
 def test_intervals_are_those_of_resampled_means():
