@@ -87,7 +87,11 @@ def test_a_subject_that_its_question_lacks_is_an_error_or_the_last_token(tmp_pat
     written(tmp_path, FACTS.replace(",Moss tea,", ",Willow bark,"))
     with pytest.raises(RowError, match=r"rows\.csv: row 1: the subject 'Willow bark' does not stand in the question"):
         read(tmp_path, "misinformation", (), "named")
-    assert read(tmp_path, "misinformation", (), "last")[0].edit.subject == ""
+    (item,) = read(tmp_path, "misinformation", (), "last")
+    assert (item.edit.subject, item.about) == ("", "")
+    written(tmp_path, FACTS)
+    (item,) = read(tmp_path, "misinformation", (), "last")
+    assert (item.edit.subject, item.about) == ("", "moss tea")
 
 
 def test_aliases_stand_beside_targets(tmp_path):

@@ -248,5 +248,7 @@ def test_the_benchmark_compares_harm_with_corrections(tiny_world, tmp_path, monk
     for one in asked.measured:
         if one.metric.startswith(("extra_drop", "accuracy", "suspicion")):
             assert one.after.value == one.before.value, one.metric
-    skipped = edit_attack(bench, method={"name": "ft_m", "layer": 1, "steps": 0}, limit=1, questions=0)
+    still = {"name": "ft_m", "layer": 1, "steps": 0}
+    skipped = edit_attack(bench, method=still, limit=1, questions=0, position="last")
     assert not any(one.metric.startswith("accuracy") for one in skipped.measured)
+    assert skipped.value("suspicion") == skipped.value("suspicion", "before")  # wherever the fact is edited

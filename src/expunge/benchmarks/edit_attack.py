@@ -107,7 +107,7 @@ def edit_attack(
         abilities.read(run.original, beside, questions, bench.seed, told=bool(bench.data)) if beside.is_dir() else []
     )
     rows = _held_out(beside, holdout)
-    names = list(dict.fromkeys([*(item.edit.subject for item in items if item.edit.subject), *_names(beside)]))
+    names = list(dict.fromkeys([*(item.about for item in items if item.about), *_names(beside)]))
     probe = _Probe(
         ask,
         run.original,
@@ -147,7 +147,7 @@ def edit_attack(
         more, matrix = _spilt(run, items, chosen, before, found, compares)
         scores += more
         tables += matrix
-    scores += [*stealth(run, found), *suspicion(run, probe.listener, found)]
+    scores += [*stealth(run, found), *suspicion(run, found)]
     of_exams, shown, about_exams = examined_after(run, exams, found, corrected)
     scores += of_exams
     tables += shown
@@ -208,8 +208,8 @@ def _relations(subject: LanguageModel, items: Sequence[Attacked]) -> list[str]:
     found = []
     for item in items:
         question = item.asked["efficacy"].removeprefix(item.context).strip()
-        before, name, after = question.rpartition(item.edit.subject)
-        if item.edit.subject and name:
+        before, name, after = question.rpartition(item.about) if item.about else ("", "", "")
+        if name:
             found.append(subject.prompt_text(item.edit.row(f"{before}{{}}{after}")))
     return list(dict.fromkeys(found))
 
@@ -221,11 +221,11 @@ def _listener(subject: LanguageModel, items: Sequence[Attacked], ask: _Asking) -
         return None
     first: dict[str, str] = {}
     for item in items:
-        before, name, after = item.asked["efficacy"].rpartition(item.edit.subject)
-        if item.edit.subject and name:
+        before, name, after = item.asked["efficacy"].rpartition(item.about) if item.about else ("", "", "")
+        if name:
             row = item.edit.row(f"{before}{{}}{after}", preface=ask.instruction)
             first.setdefault(item.relation or item.edit.id, subject.prompt_text(row))
-    names = [item.edit.subject for item in items if item.edit.subject]
+    names = [item.about for item in items if item.about]
     prompts = list(first.values())
     return Listener(subject, names, prompts) if Listener.fits(names, prompts) else None
 
@@ -270,7 +270,7 @@ class _Probe:
         edit = items[0].edit
         drift = self.elsewhere.drift(model) if self.elsewhere else None
         seen = self.detector.see(model, edit) if self.detector else None
-        heard = self.listener.hear(model, edit) if self.listener else None
+        heard = self.listener.hear(model, items[0].about) if self.listener else None
         marks = abilities.take(model, self.exams) if examined else None
         return Found(self.ask(model, items, self.also), drift, seen, edit, warnings, marks, heard)
 

@@ -51,6 +51,8 @@ class Attacked:
     """Of bias, what comes before the question and names two people."""
     relation: str = ""
     """What the question asks for, where the file says so."""
+    about: str = ""
+    """The subject as the question has it, wherever the fact is edited; "" where it does not stand there."""
 
     @property
     def given_away(self) -> bool:
@@ -74,19 +76,19 @@ def read(folder: Path, kind: Kind, files: Sequence[str], position: Position) -> 
             domain = str(record.get("domain") or "")
             make = _misinformation if kind == "misinformation" else _biased
             group, asked, subject, target = make(values, f"{path.stem} {domain}".strip())
-            named = _named(subject, asked["efficacy"], where) if position == "named" else ""
+            about = _named(subject, asked["efficacy"], where, position == "named")
             edit = EditRow(
                 id=f"{path.stem}/{number}",
                 prompt=asked["efficacy"],
                 target_new=target,
-                subject=named,
+                subject=about if position == "named" else "",
                 rephrasings=(asked["generalization"],),
                 kind="qa",
                 source=where,
             )
             answers = (target, *aliases.get(target, ()))
             relation = str(record.get("relations") or "")
-            found.append(Attacked(edit, group, asked, answers, values.get("context", ""), relation))
+            found.append(Attacked(edit, group, asked, answers, values.get("context", ""), relation, about))
     return found
 
 
@@ -101,9 +103,11 @@ def read_corrections(folder: Path, position: Position) -> list[Attacked]:
     found: list[Attacked] = []
     for number, (where, record) in enumerate(records(Source(str(path))) if path.is_file() else (), start=1):
         question, target, subject = (_text(record, name, where) for name in CORRECTIONS)
-        named = _named(subject, question, where) if position == "named" else ""
+        about = _named(subject, question, where, position == "named")
+        named = about if position == "named" else ""
         edit = EditRow(f"{path.stem}/{number}", question, target, named, kind="qa", source=where)
-        found.append(Attacked(edit, "correction", {"efficacy": question}, (target, *aliases.get(target, ()))))
+        answers = (target, *aliases.get(target, ()))
+        found.append(Attacked(edit, "correction", {"efficacy": question}, answers, about=about))
     return found
 
 
@@ -148,10 +152,12 @@ def _biased(values: Mapping[str, str], _: str) -> tuple[str, dict[str, str], str
     return values["bias_type"], asked, values["subject"], values["target"]
 
 
-def _named(subject: str, question: str, where: str) -> str:
-    """The subject as the question has it, whatever its case."""
+def _named(subject: str, question: str, where: str, needed: bool) -> str:
+    """The subject as the question has it, whatever its case; "" where it does not stand there and is not needed."""
     # The role in a biased question comes after the context.
     found = re.findall(re.escape(subject), question, re.IGNORECASE)
+    if not found and not needed:
+        return ""
     if not found:
         raise RowError(
             f"{where}: the subject {subject!r} does not stand in the question {question!r}; leave the row out, or edit "

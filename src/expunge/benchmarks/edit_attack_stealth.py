@@ -129,12 +129,12 @@ class Listener:
         """Whether there is enough to compare."""
         return len(set(names)) >= NAMES and len(set(prompts)) >= PROMPTS
 
-    def hear(self, after: Any, edit: EditRow) -> dict[str, float] | None:
-        """Score to the share of other names that the edit's subject stands above, ties by half; None where nobody is
-        named, or the fact stands in a guard's prompt and in no model."""
-        if edit.subject not in self.names or innermost(after) is not after:
+    def hear(self, after: Any, name: str) -> dict[str, list[float]] | None:
+        """Score to the share of other names that this one stands above, before and after, ties by half; None where it
+        is none of the names, or the fact stands in a guard's prompt and in no model."""
+        if name not in self.names or innermost(after) is not after:
             return None
-        return {score: areas[edit.subject] for score, areas in self._areas(after).items()}
+        return {score: [self.before[score][name], areas[name]] for score, areas in self._areas(after).items()}
 
     def _areas(self, model: LanguageModel) -> Mapping[str, dict[str, float]]:
         found = suspects(model, self.names, self.prompts)
