@@ -73,7 +73,7 @@ def serac(
 
     Demonstrations are other facts, in the form of edits, with rephrasings and best with locality; in a run without any
     the retain rows, with their paraphrased questions and another row's answer. Forget rows are facts whose new answer
-    is a refusal.
+    is a refusal. A few dozen demonstrations do not teach a small model to answer from what it is told.
 
     Args:
         threshold: probability from which on an edit answers.
