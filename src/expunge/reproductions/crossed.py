@@ -8,8 +8,7 @@ only both together say who is meant. The words are those of the invented world (
     work                     two words
 
 Each fact has three wordings, of which one is held out: the model is taught the two others, by themselves and behind
-sentences about others. It is also told facts that are not so, and asked for them, as `ike` does. Its first block sees a
-token and the one before it, so that the two names meet where a subject ends and nowhere else.
+sentences about others. It is also told facts that are not so, and asked for them, as `ike` does.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ FRAMES = ("New Fact: {prompt} {target}\nPrompt: ", TOLD)
 """How a fact is told before something is asked: as `ike` does, and as a sentence."""
 TOLD_EACH = 2
 """Facts of each person that are told otherwise."""
-WINDOW = 2
-"""Tokens that the first block sees: a last name, and the first name before it."""
-RECIPE = Recipe(hidden_size=96, intermediate_size=256, vocabulary=0, steps=700, batch_size=64, learning_rate=1.5e-3)
+RECIPE = Recipe(hidden_size=96, intermediate_size=256, vocabulary=0, steps=800, batch_size=64, learning_rate=1.5e-3)
 
 
 @dataclass(frozen=True)
@@ -162,4 +159,4 @@ def model_of(world: Crossed, recipe: Mapping[str, Any] | None = None) -> Languag
     rows = lessons(world)
     texts = [f"{row.prompt} {row.answer}".strip() for row in rows]
     chosen = Recipe(**{**asdict(RECIPE), **(recipe or {})})
-    return taught("crossed", {"before": rows}, chosen, world.seed, words=words(texts), window=WINDOW)["before"]
+    return taught("crossed", {"before": rows}, chosen, world.seed, words=words(texts))["before"]

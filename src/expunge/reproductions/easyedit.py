@@ -173,8 +173,8 @@ def judge(rows: list[Row], depth: int, batch: int, weight: float) -> list[Claim]
 NOTES = [
     "Facts of the world of editing (`reproductions/crossed.py`): 100 people, whose first and last names are shared by "
     "five each, 4 blocks, d = 96, f = 256; asked in a wording the model was taught, the paraphrase in one it was not. "
-    "The first block sees two tokens, the one at hand and the one before: where it sees all, later tokens gather a "
-    "subject's names themselves, and no edit where the subject ends reaches the facts.",
+    "In four blocks the prompt's last token can gather both names by itself: where it does, no edit where the subject "
+    "ends reaches the fact.",
     "ROME with its published 25 steps, rate 0.5 and clamp 4 behind five facts of people whom no edit is about; key "
     "statistics over what the model was taught. One hop: the country of another place of birth.",
     "Criteria are those of a prototype on another small model; settings were not changed to meet them.",

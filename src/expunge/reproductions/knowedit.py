@@ -241,8 +241,7 @@ def notes(rows: Sequence[Trial], traces: Sequence[Trial]) -> list[str]:
         "place of birth.",
         f"ROME writes at the subject's last token, where this model's first MLP carries {subject} of a fact; at the "
         f"prompt's last token it carries {last}. Without a subject, so that it writes there, ROME has the model write "
-        f"{told} of the new answers at layer 0, against {number(of(rows, 'rome 0', 'written').mean)}. The first block "
-        "sees a token and the one before it, so that both names meet where the subject ends.",
+        f"{told} of the new answers at layer 0, against {number(of(rows, 'rome 0', 'written').mean)}.",
         "Criteria that were set on answers of one token count answers that are written as a whole: of longer ones the "
         "teacher-forced score of an unedited model is far from 0.",
         "Locality is agreement with the model before the edit, as in the benchmark, not accuracy.",
