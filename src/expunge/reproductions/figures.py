@@ -119,8 +119,8 @@ def _panel(drawn: Mapping[str, Any], title: str, each: Mapping[str, Sequence[Poi
     last = -math.inf
     for place in places:
         at, half = across(place), LETTER * len(f"{place:g}") / 2
-        parts.append(f"<path class='g' d='M{at:.1f} {TOP}V{BOTTOM}'/>")
         if at - half > last:
+            parts.append(f"<path class='g' d='M{at:.1f} {TOP}V{BOTTOM}'/>")
             parts.append(_text(at, BOTTOM + 16, f"{place:g}"))
             last = at + half + LETTER
     for number, run in enumerate(runs):

@@ -7,11 +7,12 @@ model of this size learns no answers from text alone. Forgetting sees the texts 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from ..evidence import Table
 from ..registry import reproduction
-from .case import Case, Claim, Findings, Row, Spread, number, spread
+from .case import Case, Claim, Figure, Findings, Row, Spread, number, spread
 from .muse_runs import BASELINES, SCORES, trial
 
 STOPPED = 0.1
@@ -73,6 +74,7 @@ def muse(
             _stack(rows, several),
             _reemergence(rows, several),
         ],
+        figures=[_curves(rows, several)],
     )
 
 
@@ -205,6 +207,19 @@ def _requests(rows: Sequence[Row], methods: Sequence[str], kind: str) -> Table:
     else:
         columns = [f"request {i}: {count} texts" for i, count in enumerate(texts, start=1)]
     return Table(f"{KINDS[kind]}: knowmem_r", ["method", *columns], lines)
+
+
+def _curves(rows: Sequence[Row], methods: Sequence[str]) -> Figure:
+    panels = {}
+    for kind, title in KINDS.items():
+        texts = [int(point["texts"]) for point in next(row[kind] for row in rows if kind in row)]
+        places = texts if kind == "scal" else list(accumulate(texts))
+        panels[f"{title}: knowmem_r"] = {
+            m: [(x, one.mean, one.low, one.high) for x, one in zip(places, _series(rows, m, kind, "knowmem_r"))]
+            for m in methods
+        }
+    note = "Scalability: all texts in one request; sustainability: one request after another. Bars: lowest to highest."
+    return Figure("requests", "As more is forgotten", "texts forgotten", "ROUGE-L F1", panels, note=note)
 
 
 def _stack(rows: Sequence[Row], methods: Sequence[str]) -> str:

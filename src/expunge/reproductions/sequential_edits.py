@@ -74,7 +74,7 @@ def sequential_edits(
     case: Case,
     *,
     counts: tuple[int, ...] = (1, 3, 10, 30, 100),
-    shared: int = 30,
+    shared: int = 10,
     people: int = 100,
 ) -> Findings:
     """Success, locality and what is left of the rest over the number of edits, by nine editors; undone to the last bit.

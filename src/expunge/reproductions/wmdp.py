@@ -26,6 +26,7 @@ from ..world.facts import World, make
 from ..world.models import Recipe
 from .case import Case, Claim, Findings, Row, number, spread
 from .curves import gather, table
+from .figures import figure
 from .models import lessons, taught
 
 PEOPLE = {"people": 28, "forget": 1, "neighbours": 3, "holdout": 1}
@@ -142,8 +143,12 @@ def wmdp(
         "question as trained, after an aside, rephrased, and as a statement to complete. Mean (lowest to highest) over "
         "seeds."
     )
+    shown = {name: COLUMNS[name] for name in ("restricted", "general")}
     return Findings(
-        claims=judge(rows), tables=[table(rows, "Scores along the way", note, COLUMNS)], notes=[*NOTES, _alike(rows)]
+        claims=judge(rows),
+        tables=[table(rows, "Scores along the way", note, COLUMNS)],
+        notes=[*NOTES, _alike(rows)],
+        figures=[figure(rows, "way", "Along the way", shown, run="run", at="step", x="steps", y="accuracy")],
     )
 
 

@@ -145,6 +145,8 @@ def carry_out(
         raise ParameterError(f"mode is {mode!r}. {suggest(mode, ('one', 'batch', 'sequence'))}")
     made = Edited(case.base, tuple(done))
     follows = mode == "sequence" and part.card.kind != "guard"  # a guard is told facts, and is asked about none
+    if follows:
+        case.base.settle()  # what a pass finds out about a model holds for all that are made over it
     so_far, subject = (made.delta, made.model()) if follows else (None, case.base)
     for number, edit in enumerate(facts[len(done) :], start=len(done) + 1):
         step = _step(part, case, chosen, [edit], subject, made.keys if follows else {})
