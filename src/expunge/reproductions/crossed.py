@@ -49,7 +49,7 @@ FRAMES = ("New Fact: {prompt} {target}\nPrompt: ", TOLD)
 """How a fact is told before something is asked: as `ike` does, and as a sentence."""
 TOLD_EACH = 2
 """Facts of each person that are told otherwise."""
-RECIPE = Recipe(hidden_size=96, intermediate_size=256, vocabulary=0, steps=800, batch_size=64, learning_rate=1.5e-3)
+RECIPE = Recipe(hidden_size=96, intermediate_size=256, vocabulary=0, steps=1200, batch_size=64, learning_rate=1.5e-3)
 
 
 @dataclass(frozen=True)
