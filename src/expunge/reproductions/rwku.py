@@ -51,6 +51,8 @@ SCORES = {
 }
 BASELINES = (*METHODS, "repe", "icu")
 """The paper's six."""
+TOGETHER = BASELINES[:-1]
+"""Those that forget ten targets at once: an instruction with ten names leaves no room in the model's context."""
 NAMES = ("before", *BASELINES, "icu, other name")
 
 
@@ -219,7 +221,7 @@ def rwku(
     shared = {"learning_rate": learning_rate, "recipe": recipe}
     alone = case.trials(trial, [{"method": method, "count": count, "steps": steps, **shared} for method in NAMES])
     more = {"together": True, "steps": steps + 10, "every": 10, **shared}
-    batch = case.trials(trial, [{"method": method, **more} for method in ("before", *BASELINES)])
+    batch = case.trials(trial, [{"method": method, **more} for method in ("before", *TOGETHER)])
     return Findings(
         claims=judge(alone, batch),
         tables=[_table(alone, "One target at a time"), _table(batch, "Ten targets at once")],
@@ -238,6 +240,7 @@ def rwku(
             "icu and its control leave the same: here any text that the model never saw before a question disturbs "
             "what it says of some people more than of others. That is no obedience, and says nothing about instructed "
             "models.",
+            "Ten names in icu's instruction leave no room for a question in the model's context of 256 tokens.",
             "The paper's utility sets are not asked: forgetting one of thirty people moves none of the mini ones.",
         ],
     )
@@ -268,7 +271,7 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
     losses = {m: [_mean(alone, m, name).mean - start[name] for name in ("fm", "rm")] for m in first}
     blanks, questions = (_mean(alone, "rt", name) for name in ("fill_blank", "question"))
     chosen, npo = (_mean(alone, m, "neighbour") for m in ("dpo", "npo"))
-    ten = {m: _mean(batch, m, "neighbour").mean / _mean(batch, "before", "neighbour").mean for m in BASELINES}
+    ten = {m: _mean(batch, m, "neighbour").mean / _mean(batch, "before", "neighbour").mean for m in TOGETHER}
     return [
         Claim(
             "Before, the targets are known, in adversarial forms too",
@@ -332,7 +335,7 @@ def judge(alone: Sequence[Trial], batch: Sequence[Trial]) -> list[Claim]:
             "Forgetting many targets at once costs neighbours more",
             "batch forgetting tends to collapse the model",
             "ga: share of the neighbours' recall that is left lower with ten targets than with one",
-            "ten and one: " + "; ".join(f"{m} {number(ten[m])} and {number(left(m, 'neighbour'))}" for m in BASELINES),
+            "ten and one: " + "; ".join(f"{m} {number(ten[m])} and {number(left(m, 'neighbour'))}" for m in TOGETHER),
             ten["ga"] < left("ga", "neighbour"),
         ),
         Claim(
