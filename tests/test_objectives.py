@@ -564,6 +564,21 @@ def test_the_linear_head_has_the_gradients_of_autograd(monkeypatch, kept):
     assert frozen[0].shape == hidden.shape
 
 
+def test_the_linear_heads_gradient_keeps_its_precision_where_the_target_is_nearly_certain():
+    from expunge.subjects.head import linear_logprob
+
+    weight = (4 * torch.randn(V, 5, generator=torch.Generator().manual_seed(4))).bfloat16()
+    hidden = (1.2 * weight[:3]).requires_grad_()
+    target = torch.arange(3)
+    exact = hidden.detach().double().requires_grad_()
+    wanted = (exact @ weight.double().T).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+    assert float(wanted.detach().max()) > -1e-3  # one minus its probability is far below what 16 bits tell from 1
+    (found,) = torch.autograd.grad(linear_logprob(hidden, weight, None, target).sum(), hidden)
+    # Logits themselves are rounded to 16 bits: that leaves a few per cent of a small gradient, not its size.
+    assert torch.allclose(found.double(), gradient, rtol=0.25, atol=float(gradient.abs().max()) * 0.1)
+
+
 def test_aliases_are_configurations_of_one_objective():
     assert registry.get("methods", "grad_diff").resolve()["retain"] == "nll"
     assert registry.get("methods", "kl_minimisation").resolve()["retain"] == "kl"

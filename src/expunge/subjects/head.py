@@ -1,13 +1,13 @@
 """Log-probabilities of answer tokens through a linear LM head, without a graph over the vocabulary.
 
 Autograd's own path holds logits, log-softmax and their gradients at once, and a whole weight gradient for every chunk.
-Here one buffer of logits becomes its own gradient in place, and the weight gradient is added to chunk by chunk. Where
-even one buffer is too large, chunks are computed again in the backward pass.
+Here one buffer of logits becomes its own gradient in place already in the forward pass, up to one factor per row, and
+the weight gradient is added to chunk by chunk. Where even one buffer is too large, chunks are computed again in the
+backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ KEEP_ELEMENTS = 1 << 26
 """Logits kept from the forward to the backward pass (256 MiB in fp32); beyond, they are recomputed."""
 CHUNK_ELEMENTS = 1 << 23
 """Logits of one chunk when they are recomputed."""
-BLOCK_ELEMENTS = 1 << 20
-"""Logits of one block of rows: 4 MiB in fp32."""
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Logits that are gone through at once: on a CPU 1 MiB in fp32, which a core keeps to itself."""
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -33,24 +33,22 @@ class _LinearLogprob(torch.autograd.Function):
         keep = hidden.shape[0] * weight.shape[0] <= KEEP_ELEMENTS
         if keep:
             size = max(1, hidden.shape[0])
-        values, normalisers, kept = [], [], None
+        values, kept = [], None
         for h, t in zip(hidden.split(size), target.split(size)):
             room = gather.logits(h, len(weight)) if keep and gather is not None else None
             if room is None:
                 logits = F.linear(h, weight, bias)
             else:
                 logits = torch.mm(h, weight.T, out=room) if bias is None else torch.addmm(bias, h, weight.T, out=room)
-            normaliser = _logsumexp(logits)
-            values.append(logits.gather(1, t[:, None])[:, 0].float() - normaliser)
-            normalisers.append(normaliser)
+            values.append(_surprise(logits, t))
             kept = logits if keep and any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normalisers))
+        ctx.save_for_backward(hidden, weight, bias, target)
         ctx.size, ctx.kept, ctx.gather = size, kept, gather
         return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        hidden, weight, bias, target, normaliser = ctx.saved_tensors
+        hidden, weight, bias, target = ctx.saved_tensors
         size, kept, ctx.kept = ctx.size, ctx.kept, None
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -58,43 +56,42 @@ class _LinearLogprob(torch.autograd.Function):
         to_bias = torch.zeros_like(bias) if wants_bias else None
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
+            # A row's gradient is a number times z. The number goes to the narrow side of the products.
+            scale = -gradients[0][part, None]
             h = hidden[part]
-            z = kept if kept is not None else F.linear(h, weight, bias)
-            _logits_to_gradient(z, target[part], normaliser[part], gradients[0][part])
+            z = kept
+            if z is None:
+                z = F.linear(h, weight, bias)
+                _surprise(z, target[part])
             if to_hidden is not None:
-                to_hidden[part] = z @ weight
+                to_hidden[part] = (z @ weight) * scale
+            scaled = (h * scale).to(h.dtype)
             if ctx.gather is not None:
-                ctx.gather.product(weight, z.T, h)
+                ctx.gather.product(weight, z.T, scaled)
             elif wants_weight:
-                to_weight = z.T @ h if to_weight is None else to_weight.addmm_(z.T, h)
+                to_weight = z.T @ scaled if to_weight is None else to_weight.addmm_(z.T, scaled)
             if to_bias is not None:
-                to_bias += z.sum(0)
+                to_bias += z.T @ scale[:, 0].to(z.dtype)
         return to_hidden, to_weight, to_bias, None, None
 
 
-def _blocks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Rows in blocks small enough that what is done to one stays in cache."""
-    size = max(1, BLOCK_ELEMENTS // vocabulary)
-    return (slice(start, start + size) for start in range(0, rows, size))
+def _surprise(logits: Tensor, target: Tensor) -> Tensor:
+    """(n,) fp32 log-probabilities of the targets; logits (n, V) become softmax - onehot in their own memory.
 
-
-def _logsumexp(logits: Tensor) -> Tensor:
-    """(n,) fp32 normalisers; torch.logsumexp is slow on wide rows."""
-    parts = []
-    for block in _blocks(*logits.shape):
-        z = logits[block].float()
+    Block by block: while one is in cache it is read for its maximum, its exponentials, their sum and the quotient.
+    """
+    size = max(1, BLOCK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS) // logits.shape[1])
+    values = []
+    for block, at in zip(logits.split(size), target[:, None].split(size)):
+        z = block.float()  # the logits themselves where they are fp32
+        own = z.gather(1, at)
         top = z.amax(1, keepdim=True)
-        parts.append((z - top).exp_().sum(1).log_() + top[:, 0])
-    return torch.cat(parts)
-
-
-def _logits_to_gradient(logits: Tensor, target: Tensor, normaliser: Tensor, gradient: Tensor) -> None:
-    """Turn logits (n, V), in their own memory, into gradient (n,) times d logprob / d logits = onehot - softmax."""
-    for block in _blocks(*logits.shape):
-        z = logits[block].float()  # the logits themselves where they are fp32
-        z.sub_(normaliser[block, None]).exp_().mul_(-gradient[block, None])
-        z.scatter_add_(1, target[block, None], gradient[block, None])
-        logits[block] = z
+        total = z.sub_(top).exp_().sum(1, keepdim=True)
+        z.div_(total).scatter_add_(1, at, torch.full_like(total, -1.0))
+        if z.dtype != block.dtype:
+            block.copy_(z)
+        values.append((own - top - total.log())[:, 0])
+    return torch.cat(values)
 
 
 def linear_logprob(

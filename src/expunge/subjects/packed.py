@@ -118,10 +118,9 @@ class Run:
         number = torch.arange(len(self.branch), device=self.place.device)[:, None, None]
         return allowed & self.sees[number, self.branch[:, :, None], self.branch[:, None, :]]
 
-    def take(self, part: Tensor) -> Tensor:
-        """(1, heads, tokens, d) of the whole pack -> (families, heads, L, d)"""
-        tokens = part.squeeze(0).transpose(0, 1)
-        chosen = tokens[self.start : self.stop] if self.back is None else tokens.index_select(0, self.place.flatten())
+    def take(self, tokens: Tensor) -> Tensor:
+        """(this run's tokens, heads, d) -> (families, heads, L, d)"""
+        chosen = tokens if self.back is None else tokens.index_select(0, (self.place - self.start).flatten())
         return chosen.unflatten(0, (-1, self.length)).transpose(1, 2)
 
     def give(self, out: Tensor) -> Tensor:
@@ -391,12 +390,16 @@ def _attend(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     outputs = []
-    for index, run in enumerate(pack_.runs):
-        q, k, v = run.take(query), run.take(key), run.take(value)
+    # Split once: the gradient of slices would be a whole tensor of zeros for every one of them.
+    sizes = [run.stop - run.start for run in pack_.runs]
+    parts = [part.squeeze(0).transpose(0, 1).split(sizes) for part in (query, key, value)]
+    for index, (run, *own) in enumerate(zip(pack_.runs, *parts)):
+        q, k, v = (run.take(part) for part in own)
         if pack_.beginning and index > 0:
-            count, shared = len(q), slice(pack_.beginning)
-            k = torch.cat([key[:, :, shared].expand(count, -1, -1, -1), k], dim=2)
-            v = torch.cat([value[:, :, shared].expand(count, -1, -1, -1), v], dim=2)
+            k, v = (
+                torch.cat([part[0].transpose(0, 1).expand(len(q), -1, -1, -1), one], dim=2)
+                for part, one in zip(parts[1:], (k, v))
+            )
         mask = pack_.mask(index, sliding_window)
         if softcap is None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
