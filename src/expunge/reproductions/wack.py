@@ -71,20 +71,20 @@ def subjects(seed: int, people: Mapping[str, int]) -> Subjects:
     """Trained once, then found in the cache."""
     world = make(seed, **people)
     records = files(world)
-    lessons = {
+    taught = {
         name: [*lessons(training(world, *sets)), *habit(world, sets)]
         for name, sets in (("original", ("forget", "neighbour", "retain")), ("gold", ("neighbour", "retain")))
     }
     unseen = [f"{record['question']} {record['answer']}" for record in records["holdout"] if "question" in record]
 
     def train(folder: Path) -> None:
-        words = tokenizer([f"{r.prompt} {r.answer}" for r in lessons["original"]] + unseen, RECIPE.vocabulary)
-        for name, rows in lessons.items():
+        words = tokenizer([f"{r.prompt} {r.answer}" for r in taught["original"]] + unseen, RECIPE.vocabulary)
+        for name, rows in taught.items():
             subject = untrained(words, RECIPE, 2 * seed + (name == "gold"))
             teach(subject, rows, RECIPE, 2 * seed + (name == "gold"))
             subject.save(folder / name)
 
-    content = [[[row.prompt, row.answer] for row in lessons["original"]], unseen, asdict(RECIPE), seed]
+    content = [[[row.prompt, row.answer] for row in taught["original"]], unseen, asdict(RECIPE), seed]
     path = kept("wack", content, train)
     with tempfile.TemporaryDirectory(prefix="expunge-wack-") as folder:
         data = {}
@@ -92,7 +92,7 @@ def subjects(seed: int, people: Mapping[str, int]) -> Subjects:
             file = Path(folder) / f"{name}.jsonl"
             file.write_text("".join(json.dumps(record) + "\n" for record in records[name]), encoding="utf-8")
             data[name] = read_rows(Source(str(file)), name)
-    original, gold = (LanguageModel.load(path / name, device="cpu") for name in lessons)
+    original, gold = (LanguageModel.load(path / name, device="cpu") for name in taught)
     return Subjects(world, original, gold, data)
 
 
