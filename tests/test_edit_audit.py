@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from expunge.cli import main
 from expunge.edit_audit import edit_audit
 from expunge.errors import MismatchError, RequestError, SubjectError
-from expunge.subjects.differences import RANKS, difference, overall
+from expunge.subjects.differences import ENERGY, RANKS, difference, most_ranks, overall
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.value_vectors import value_matrices
 from expunge.subjects.watch import activations
@@ -39,13 +40,44 @@ def test_a_planted_outer_product_is_rank_one_along_its_vector(weights: torch.Ten
     assert abs(float(torch.cosine_similarity(found.right, b, dim=0))) > 0.999
 
 
-@pytest.mark.parametrize("rank", [8, RANKS])
-def test_merged_adapters_show_their_rank(weights: torch.Tensor, rank: int) -> None:
+@pytest.mark.parametrize(("narrower", "rank"), [(64, 1), (64, 8), (120, 8), (120, 15), (256, 8), (256, RANKS)])
+def test_merged_adapters_show_their_rank(narrower: int, rank: int) -> None:
     # Equal singular values: no fewer ranks hold the share.
-    left, right = torch.linalg.qr(noise(150, rank)).Q, torch.linalg.qr(noise(120, rank, seed=3)).Q
-    found = difference(weights, weights + left @ right.T)
+    shape = (narrower + 30, narrower)
+    left, right = (torch.linalg.qr(noise(side, rank, seed=side)).Q for side in shape)
+    found = difference(noise(*shape), noise(*shape) + left @ right.T)
     assert (found.kind, found.rank) == ("low_rank_edit", rank)
     assert found.stable_rank == pytest.approx(rank, rel=1e-3)
+
+
+@pytest.mark.parametrize("narrower", [8, 20, 64, 120, 256])
+def test_one_rank_more_than_an_edit_has_is_a_dense_change(narrower: int) -> None:
+    rank = most_ranks((narrower, 3 * narrower)) + 1
+    left, right = torch.linalg.qr(noise(300, rank)).Q, torch.linalg.qr(noise(narrower, rank, seed=3)).Q
+    assert difference(noise(300, narrower), noise(300, narrower) + left @ right.T).kind == "dense_change"
+
+
+def test_a_short_training_of_narrow_matrices_is_no_edit() -> None:
+    """In a model of width 64, 20 steps on a few short rows move 14 to 26 ranks: fewer than 32."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=300))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.randint(3, 300, (4, 6), generator=torch.Generator().manual_seed(1))
+    for _ in range(20):
+        optimiser.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name}
+    found = [difference(before[name], p.detach(), name) for name, p in matrices.items()]
+    assert {d.kind for d in found} == {"dense_change"}
+    assert min(_held(before[name], p.detach()) for name, p in matrices.items()) < RANKS
+
+
+def _held(before: torch.Tensor, after: torch.Tensor) -> int:
+    share = torch.linalg.svdvals(after - before).square()
+    return int((share.cumsum(0) / share.sum() < ENERGY).sum()) + 1
 
 
 def test_training_is_no_edit(weights: torch.Tensor) -> None:

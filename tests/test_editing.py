@@ -12,7 +12,7 @@ from expunge import cli, editing, registry
 from expunge.deltas import Delta, compose
 from expunge.edit_scores import Answers, ask, first_choices, questions, says, scores
 from expunge.edits import EditRow, Probe
-from expunge.errors import OutputError, ParameterError, RequestError
+from expunge.errors import OutputError, ParameterError, RequestError, RowError
 from expunge.evidence import Scorecard
 from expunge.ledger import Ledger
 from expunge.subjects.language import LanguageModel
@@ -141,6 +141,44 @@ def test_a_request_becomes_deltas_and_a_scorecard_and_any_step_can_be_left_out(r
     assert "Ilva" not in Ledger(tmp_path / "ledger").export()
 
 
+def test_rows_in_the_request_are_those_of_a_file(request_file, tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
+    rows[0]["noted"] = "on"
+    inside = tmp_path / "inside.yaml"
+    lines = [line for line in request_file.read_text().splitlines() if not line.startswith("edits:")]
+    written = "".join(f"  - {json.dumps(row)}\n" for row in rows).replace('"on"', "2026-11-30")  # a date in YAML
+    inside.write_text("\n".join([*lines, "edits:", written]))
+    settings = {"contexts": 1}
+    editing.edit(request_file, out=tmp_path / "file", settings=settings, mode="batch")
+    card = editing.edit(inside, out=tmp_path / "inside", settings=settings, mode="batch")
+    made = [Delta.load(tmp_path / name / "delta").result for name in ("file", "inside")]
+    assert made[0] == made[1]
+    kept = json.loads((tmp_path / "inside" / "request.json").read_text())
+    assert [row["subject"] for row in kept["edits"]] == ["Ilva", "Carth"]
+    kept = {name: value for name, value in kept.items() if value is not None and name != "template"}
+    (tmp_path / "again.json").write_text(json.dumps(kept))
+    again = editing.edit(tmp_path / "again.json", out=tmp_path / "inside", mode="batch")
+    assert again.models == card.models  # one and the same run
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("[{prompt: a b, target_new: c}, {target_new: c}]", "edits: row 2: field 'prompt' is missing"),
+        ("[{prompt: a b, target_new: no}]", "edits: row 1: field 'target_new' holds bool False, expected text"),
+        ("[a b]", "edits: row 1: found str, expected an object with named fields"),
+        ("[{id: x, prompt: a, target_new: c}, {id: x, prompt: b, target_new: c}]", "edits: row 2: id 'x' was used in"),
+        ("[]", "edits: 0 edits, expected at least 1"),
+    ],
+)
+def test_mistakes_in_rows_of_the_request_name_it_and_the_row(tmp_path, rows, sentence):
+    file = tmp_path / "edits.yaml"
+    file.write_text(f"model: nowhere\nedits: {rows}\n")
+    with pytest.raises(RowError) as caught:
+        editing.edit(file)
+    assert str(caught.value).startswith(f"{file}: {sentence}")
+
+
 @pytest.mark.parametrize("method", ["rome", "alphaedit", "grace", "wise", "ultraedit"])
 def test_a_stopped_sequence_goes_on_behind_its_last_edit_to_the_same_bits(request_file, tmp_path, monkeypatch, method):
     settings: dict = {
@@ -212,4 +250,10 @@ def test_requests_that_cannot_be(tmp_path, line, error, sentence):
         editing.edit(file)
     file.write_text("model: nowhere\n")
     with pytest.raises(RequestError, match="field edits is missing"):
+        editing.load(file)
+    file.write_text("model: nowhere\nedits: {path: a.jsonl, feld: b}\n")
+    with pytest.raises(RequestError, match=r"no field 'edits\.feld'. Did you mean fields"):
+        editing.load(file)
+    file.write_text("model: nowhere\nedits: 5\n")
+    with pytest.raises(RequestError, match=r"field edits is 5: input should be .* or a valid list"):
         editing.load(file)

@@ -28,17 +28,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from . import registry
-from .edits import EditRow, read_edits
+from .edits import EditRow, given_edits, read_edits
 from .environment import environment
-from .errors import OutputError, ParameterError, RequestError, suggest
+from .errors import OutputError, ParameterError, RequestError
 from .evidence import Scorecard
 from .files import alone, save_tensors, write_text
 from .ledger import Ledger
-from .request import Common, DataSource, Place, Seed, parse, place
-from .rows import Source, fingerprint, read_rows, shown
+from .request import Common, DataSource, Place, Seed, parse, place, sentence
+from .rows import Source, fingerprint, read_rows
 from .tables.store import content_key
 
 if TYPE_CHECKING:
@@ -50,19 +50,21 @@ VERSION = 1
 """Raised when the same request would give other edits."""
 Progress = Callable[[str, int, int], None]
 """(phase, done, total)"""
+EditRows = Place | DataSource | list[Any]
+"""Where edit rows are, or the rows themselves."""
 
 
 class EditRequest(Common):
     """Which facts a model is to state differently, and how."""
 
-    edits: Place | DataSource = Field(description="Edit rows (docs/editing.md).")
+    edits: EditRows = Field(description="Edit rows: where they are, or a list of them (docs/editing.md).")
     method: str | dict[str, Any] = Field("rome", description="Name, or {name: ..., parameter: value ...}.")
     mode: Literal["one", "batch", "sequence"] = Field(
         "sequence",
         description="one: each edit over the base by itself; batch: all in one; sequence: one after another.",
     )
     corpus: Place | DataSource | None = Field(None, description="Texts that key statistics are taken of.")
-    demonstrations: Place | DataSource | None = Field(
+    demonstrations: EditRows | None = Field(
         None, description="Edit rows of other facts, to be shown in the context (ike) or trained on (serac, mend)."
     )
     prefixes: list[str] | None = Field(
@@ -71,6 +73,7 @@ class EditRequest(Common):
     fluency: Annotated[int, Field(ge=0)] = Field(100, description="Tokens of the sampled continuation; 0 is none.")
     bootstrap: Annotated[int, Field(ge=0)] = Field(1000, description="Resamples of subjects.")
     seed: Seed = Field(0, description="Draws everything random.")
+    _file: str = PrivateAttr("request")
 
 
 def load(path: str | Path) -> EditRequest:
@@ -84,21 +87,13 @@ def load(path: str | Path) -> EditRequest:
     try:
         request = EditRequest.model_validate(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part not in ("DataSource", "constrained-str", "str"))
-        if first["type"] == "extra_forbidden":
-            raise RequestError(
-                f"{path}: there is no field {field!r}. {suggest(field, EditRequest.model_fields)}"
-            ) from None
-        if first["type"] == "missing":
-            raise RequestError(f"{path}: field {field} is missing") from None
-        raise RequestError(f"{path}: field {field} is {shown(first['input'])}: {first['msg']}") from None
+        raise RequestError(f"{path}: {sentence(error, EditRequest)}") from None
     if not request.method_name:
         raise RequestError(f"{path}: method is a mapping without a name; expected {{name: rome, layer: 0.2}}")
 
-    def beside(source: str | DataSource | None) -> DataSource | None:
-        if source is None:
-            return None
+    def beside(source: EditRows | None) -> DataSource | list[Any] | None:
+        if source is None or isinstance(source, list):
+            return source
         found = DataSource(path=source) if isinstance(source, str) else source
         return found.model_copy(update={"path": place(found.path, path.parent)})
 
@@ -107,7 +102,9 @@ def load(path: str | Path) -> EditRequest:
     changes["model"] = place(request.model, path.parent)
     if request.out:
         changes["out"] = str((path.parent / Path(request.out).expanduser()).absolute())
-    return request.model_copy(update=changes)
+    request = request.model_copy(update=changes)
+    request._file = str(path)
+    return request
 
 
 def edit(
@@ -138,9 +135,12 @@ def edit(
     if not part.makes_edits:
         raise ParameterError(f"method {name} is of kind {part.card.kind}, expected an editor such as rome or ft_m")
     chosen = part.resolve(request.method_settings)
-    edits = read_edits(_source(request.edits))
+    edits, shown = _edits(request, "edits"), _edits(request, "demonstrations")
+    # Rows in the request are kept as they were read: what else stood in them need not fit JSON.
+    given = {"edits": edits, "demonstrations": shown}.items()
+    own = {name: [one.record() for one in rows] for name, rows in given if isinstance(getattr(request, name), list)}
+    request = request.model_copy(update=own)
     corpus = [] if request.corpus is None else read_rows(_source(request.corpus), "corpus")
-    shown = [] if request.demonstrations is None else read_edits(_source(request.demonstrations), "demonstrations")
     folder = Path(out or request.out or Path("runs") / request.name)
 
     from .methods.edit.case import EditCase
@@ -359,6 +359,15 @@ def measured(
         bootstrap=request.bootstrap,
         seed=request.seed,
     )
+
+
+def _edits(request: EditRequest, name: Literal["edits", "demonstrations"]) -> list[EditRow]:
+    rows = getattr(request, name)
+    if rows is None:
+        return []
+    if isinstance(rows, list):
+        return given_edits(rows, f"{request._file}: {name}", name)
+    return read_edits(_source(rows), name)
 
 
 def _source(source: str | DataSource) -> Source:

@@ -13,13 +13,13 @@ Every error names file, row and field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .edit_formats import unnested
 from .errors import RowError, suggest
-from .rows import Row, Source, column_of, parsed, records, shown
+from .rows import Record, Row, Source, column_of, listed, parsed, records, shown
 
 Kind = Literal["completion", "qa", "instruction"]
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -121,17 +121,36 @@ def read_edits(source: Source, name: str = "edits", *, targets: bool = True) -> 
     unknown = [ours for ours in source.fields if ours not in KNOWN]
     if unknown:
         raise RowError(f"{source.path}: fields: an edit has no field {unknown[0]!r}. {suggest(unknown[0], KNOWN)}")
+    return _collected(records(source), source.path, name, source.fields, targets)
+
+
+def given_edits(rows: Sequence[Any], where: str, name: str = "edits") -> list[EditRow]:
+    """Edits whose rows are there already, in order: those of a request.
+
+    Args:
+        where: what errors begin with, before the row's number.
+        name: rows without an id are called `name/1`, `name/2` ...
+
+    Raises:
+        RowError: a row is not what it must be.
+    """
+    return _collected(listed(rows, where), where, name, {}, True)
+
+
+def _collected(
+    found: Iterable[Record], path: str, name: str, fields: Mapping[str, str], targets: bool
+) -> list[EditRow]:
     edits: list[EditRow] = []
     first: dict[str, str] = {}
-    for where, record in records(source):
+    for where, record in found:
         fallback = f"{name}/{len(edits) + 1}"
-        edit = edit_row(record, where, fields=source.fields, fallback=fallback, targets=targets)
+        edit = edit_row(record, where, fields=fields, fallback=fallback, targets=targets)
         if edit.id in first:
             raise RowError(f"{where}: id {edit.id!r} was used in {first[edit.id]} already; ids must be unique")
         first[edit.id] = where
         edits.append(edit)
     if not edits:
-        raise RowError(f"{source.path}: 0 edits, expected at least 1")
+        raise RowError(f"{path}: 0 edits, expected at least 1")
     return edits
 
 

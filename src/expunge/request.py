@@ -200,7 +200,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Reques
     try:
         request = Request.model_validate(values)
     except pydantic.ValidationError as error:
-        raise RequestError(f"{path}: {_sentence(error, values)}") from None
+        raise RequestError(f"{path}: {sentence(error, Request)}") from None
     if request.template and "{question}" not in request.template.prompt:
         raise RequestError(
             f"{path}: template.prompt is {request.template.prompt!r}, expected it to contain {{question}}"
@@ -271,14 +271,14 @@ def parse(path: Path) -> dict[str, Any]:
     return values
 
 
-def _sentence(error: pydantic.ValidationError, values: Any) -> str:
-    """The first mistake in our words: field, found, expected."""
+def sentence(error: pydantic.ValidationError, request: type[BaseModel]) -> str:
+    """The first mistake in a request in our words: field, found, expected."""
     found = error.errors()
     first = max(found, key=lambda e: len(e["loc"])) if found[0]["type"] in ("string_type",) else found[0]
     parts = _parts(first)
     field = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        model: Any = Request
+        model: Any = request
         for part in parts[:-1]:
             model = _model_of(model, part) or model
         return f"there is no field {field!r}. {suggest(parts[-1], model.model_fields)}"

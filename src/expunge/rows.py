@@ -292,6 +292,16 @@ def _published(path: Path, config: str, split: str) -> list[Path]:
     return files
 
 
+def listed(rows: Iterable[Any], where: str | Path) -> Iterator[Record]:
+    """Rows that are there already, such as those of a request.
+
+    Raises:
+        RowError: one has no named fields; says `where` and the row's number.
+    """
+    for number, record in enumerate(rows, start=1):
+        yield _mapping(f"{where}: row {number}", record)
+
+
 def _file(path: Path) -> Iterator[Record]:
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     reader = readers.get(path.suffix.lower())
@@ -369,8 +379,7 @@ def _json(path: Path) -> Iterator[Record]:
         data = [dict(zip(lists, values)) for values in zip(*lists.values())]
     if not isinstance(data, list):
         raise RowError(f"{path}: found {type(data).__name__}, expected a list of rows or an object of columns")
-    for number, record in enumerate(data, start=1):
-        yield _mapping(f"{path}: row {number}", record)
+    yield from listed(data, path)
 
 
 def _is_lines(text: str) -> bool:
@@ -428,8 +437,7 @@ def _saved(path: Path) -> Iterator[Record]:
         data = _datasets().load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise RowError(f"{path}: not a readable saved data set: {str(error).splitlines()[0]}") from None
-    for number, record in enumerate(data, start=1):
-        yield _mapping(f"{path}: row {number}", record)
+    yield from listed(data, path)
 
 
 def _hub(source: Source) -> Iterator[Record]:

@@ -20,7 +20,9 @@ from ..errors import MismatchError, SubjectError
 
 Kind = Literal["identical", "requantised", "low_rank_edit", "sparse_edit", "dense_change"]
 RANKS = 32
-"""Changes of at most so many ranks count as edits."""
+"""Changes of at most so many ranks count as edits, in matrices that are wide enough."""
+FEW = 8
+"""In narrow ones an eighth of the narrower side, but so many at least: a merged adapter has 8 ranks."""
 ENERGY = 0.99
 """Share of |D|^2 that those ranks must hold."""
 SPARSE = 0.01
@@ -46,7 +48,7 @@ class Difference:
     stable_rank: float
     """|D|_F^2 / |D|_2^2; 0 where nothing changed."""
     rank: int
-    """Ranks that hold `ENERGY` of the change; 0 where there are more than `RANKS`, or it is no matrix."""
+    """Ranks that hold `ENERGY` of the change; 0 where there are more than `most_ranks`, or it is no matrix."""
     energy: float
     """Share of |D|^2 in its leading singular value."""
     right: Tensor | None = field(default=None, repr=False, compare=False)
@@ -109,6 +111,16 @@ def differences(
     return found
 
 
+def most_ranks(shape: Sequence[int]) -> int:
+    """Ranks that a change of a matrix may have and still count as an edit.
+
+    Of a narrow matrix 32 ranks are half of all that there are, and a short training moves hardly more; any change of a
+    tiny one has few.
+    """
+    narrower = min(shape)
+    return max(0, min(RANKS, max(narrower // 8, FEW), narrower // 2 - 1))
+
+
 @torch.no_grad()
 def difference(before: Tensor, after: Tensor, name: str = "") -> Difference:
     """What turned `before` into `after`; both (out, in), or of any other one shape. Stacks of experts (E, a, b) are
@@ -128,8 +140,7 @@ def difference(before: Tensor, after: Tensor, name: str = "") -> Difference:
         return Difference(name, shape, "sparse_edit" if share <= SPARSE else "dense_change", share, relative, 1.0, 0, 1)
     values, right = _leading(before, after)
     energies = (values.square().cumsum(0) / norm).tolist()
-    rank = next((r for r, energy in enumerate(energies[:RANKS], 1) if energy >= ENERGY), 0)
-    rank = rank if rank < min(before.shape) // 2 else 0  # every change of a small matrix has few ranks
+    rank = next((r for r, energy in enumerate(energies[: most_ranks(before.shape)], 1) if energy >= ENERGY), 0)
     kind: Kind
     if rank:
         kind = "low_rank_edit"
