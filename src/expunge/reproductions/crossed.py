@@ -49,7 +49,17 @@ FRAMES = ("New Fact: {prompt} {target}\nPrompt: ", TOLD)
 """How a fact is told before something is asked: as `ike` does, and as a sentence."""
 TOLD_EACH = 2
 """Facts of each person that are told otherwise."""
-RECIPE = Recipe(hidden_size=96, intermediate_size=256, vocabulary=0, steps=1200, batch_size=64, learning_rate=1.5e-3)
+OTHERS_EACH = 2
+"""Sentences about others that each question is taught behind."""
+RECIPE = Recipe(
+    hidden_size=96,
+    intermediate_size=256,
+    vocabulary=0,
+    steps=1200,
+    batch_size=64,
+    learning_rate=1.5e-3,
+    weight_decay=0.3,
+)
 
 
 @dataclass(frozen=True)
@@ -127,9 +137,11 @@ def lessons(world: Crossed) -> list[Row]:
         answers = {**facts, "country": world.country[facts["born_in"]]}
         for about, texts in {**asked, "country": [country_of(name)]}.items():
             stated += [(text, answers[about]) for text in texts]
-            # Others are named before: what belongs together must be bound where the subject ends.
-            other = sentence(world, draw.choice(names), draw.choice(RELATIONS))
-            behind.append((f"{other} {draw.choice(texts)}", answers[about]))
+            # Others are named before: what belongs together must be bound where the subject ends. So many of them, and
+            # weight decay, teach people; with fewer the models learn wordings and do not know a held-out one.
+            for text in texts * OTHERS_EACH:
+                other = sentence(world, draw.choice(names), draw.choice(RELATIONS))
+                behind.append((f"{other} {text}", answers[about]))
         for about in draw.sample(RELATIONS, TOLD_EACH):
             new = draw.choice(world.choices[about])
             context = draw.choice(FRAMES).format(prompt=draw.choice(asked[about]), target=new)
