@@ -12,7 +12,7 @@ from conftest import RECIPE, SIZES
 
 from expunge.metrics.matching import recovered
 from expunge.reproductions import loku, npo, rmu
-from expunge.reproductions.case import Case, Claim
+from expunge.reproductions.case import Case, Claim, Spread
 from expunge.reproductions.curves import gather, table
 from expunge.reproductions.measures import held_out, knowledge, measure, refused, said
 from expunge.reproductions.mini import Mini, mini
@@ -311,3 +311,10 @@ def test_rows_carry_run_and_point(tmp_path: Path) -> None:
 
 def two_points(x: int, seed: int) -> dict[str, Any]:
     return {"points": [{"step": step, "y": x + step} for step in (5, 9)]}
+
+
+def test_a_seed_that_could_not_tell_a_quantity_is_left_out_and_counted():
+    nan = float("nan")
+    assert str(Spread((0.25, 0.75))) == "0.5 (0.25 to 0.75)"
+    assert str(Spread((nan, 0.25, 0.75))) == "0.5 (0.25 to 0.75; 2 of 3 seeds)"
+    assert str(Spread((nan, nan))) == "not measured"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -104,7 +105,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over seeds."""
+    """A quantity over seeds; NaN where a seed could not tell it."""
 
     values: tuple[float, ...]
 
@@ -121,7 +122,11 @@ class Spread:
         return max(self.values)
 
     def __str__(self) -> str:
-        return f"{number(self.mean)} ({number(self.low)} to {number(self.high)})"
+        told = Spread(tuple(value for value in self.values if not isnan(value)))
+        if not told.values:
+            return "not measured"
+        some = f"; {len(told.values)} of {len(self.values)} seeds" if len(told.values) < len(self.values) else ""
+        return f"{number(told.mean)} ({number(told.low)} to {number(told.high)}{some})"
 
 
 def spread(rows: Sequence[Row], name: str, **where: Any) -> Spread:
