@@ -55,7 +55,7 @@ def test_what_follows_is_averaged_over_the_edits_that_have_it(case):
 def test_an_unedited_model_keeps_everything_and_a_trial_reports_what_was_undone(case, monkeypatch):
     assert editing.measured(case.model, case.model, case.edits(3))["kept"] == 1
     monkeypatch.setattr(easyedit, "subject", lambda seed, *_: case)
-    found = easyedit.trial("ft_m", {"layer": 0, "steps": 2, "learning_rate": 0.05}, "one", 2, 0)
+    found = easyedit.trial("ft_m", {"layer": 0, "steps": 4, "learning_rate": 0.5}, "one", 2, 0)
     assert found["restored"] == 1
     assert found["kept"] < 1
     nothing = easyedit.trial("none", {}, "one", 2, 0)

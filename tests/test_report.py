@@ -134,7 +134,7 @@ def test_everything_in_the_evidence_is_on_the_page(tmp_path: Path) -> None:
     wanted += [*made.limits, *made.warnings, made.verdict.because, made.verdict.verdict]
     wanted += ["arXiv:2404.05868", "intention removal", "known weaknesses relearning, quantisation_4bit"]
     wanted += [words.with_interval(made.verdict.groups["black_box"], words.percent)]
-    wanted += ["41 s", "182\u202f400", "3.1×10¹²", "412 MB", *map(str, made.environment.values())]
+    wanted += ["41 s", "182\u202f400", "3.1 TFLOP", "412 MB", *map(str, made.environment.values())]
     wanted += ["samples 32", "tau", "0.20", "schema"]
     text = page.text + " ".join(str(a.get("aria-label")) for _, a in page.tags)
     squeezed = re.sub(r"\s+", "", text).lower()

@@ -376,15 +376,20 @@ def idle(one: Running, within: float = 10.0) -> bool:
 def test_nothing_is_written_for_clients_that_are_gone(up: Running, stream: bool) -> None:
     body = json.dumps({"model": "tiny", "messages": ASKED, "temperature": 0, "max_tokens": 200, "stream": stream})
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\n"
-    with socket.create_connection(("127.0.0.1", up.port)) as client:
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        if stream:
-            client.recv(200)
-        else:
-            time.sleep(0.05)
-    assert idle(up)
+    completed = 0
+    for _ in range(10):  # on a busy machine an answer may be finished before its client has gone
+        completed = up.server.metrics.tokens["completion"]
+        with socket.create_connection(("127.0.0.1", up.port)) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            if stream:
+                client.recv(200)
+            else:
+                time.sleep(0.05)
+        assert idle(up)
+        if up.server.metrics.gone:
+            break
     assert up.server.metrics.gone == 1
-    assert up.server.metrics.tokens["completion"] < 200
+    assert up.server.metrics.tokens["completion"] - completed < 200
     assert up.client().models.list().data
 
 

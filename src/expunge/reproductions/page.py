@@ -92,7 +92,7 @@ def write(found: dict[str, Any], folder: Path) -> Path:
 
 def _shown(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Figures with a point at least, as plain values."""
-    return [one for one in found["figures"] if filled(one)]
+    return [one for one in found.get("figures", []) if filled(one)]
 
 
 def _file(found: dict[str, Any], figure: dict[str, Any]) -> str:
