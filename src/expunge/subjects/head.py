@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .gather import Gather
+from .token_statistics import rows_at_once
 
 KEEP_ELEMENTS = 1 << 26
 """Logits kept from the forward to the backward pass (256 MiB in fp32); beyond, they are recomputed."""
 CHUNK_ELEMENTS = 1 << 23
 """Logits of one chunk when they are recomputed."""
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Logits that are gone through at once: on a CPU 1 MiB in fp32, which a core keeps to itself."""
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -80,7 +79,7 @@ def _surprise(logits: Tensor, target: Tensor) -> Tensor:
 
     Block by block: while one is in cache it is read for its maximum, its exponentials, their sum and the quotient.
     """
-    size = max(1, BLOCK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS) // logits.shape[1])
+    size = rows_at_once(logits)
     values = []
     for block, at in zip(logits.split(size), target[:, None].split(size)):
         z = block.float()  # the logits themselves where they are fp32

@@ -75,7 +75,7 @@ class Run:
     start: int
     stop: int
     place: Tensor
-    """(families, L) packed position; the last one of a family again where it is shorter."""
+    """(families, L) places among this run's tokens; the last one of a family again where it is shorter."""
     back: Tensor | None
     """(stop - start,) where each packed token stands in (families x L); None where nothing is padded."""
     branch: Tensor | None
@@ -90,9 +90,9 @@ class Run:
     @staticmethod
     def of(families: Sequence[Family], device: torch.device) -> Run:
         length = max(family.length for family in families)
-        order = torch.arange(length, device=device)
-        starts = torch.tensor([family.start for family in families], device=device)[:, None]
-        stops = torch.tensor([family.stop for family in families], device=device)[:, None]
+        order, first = torch.arange(length, device=device), families[0].start
+        starts = torch.tensor([family.start - first for family in families], device=device)[:, None]
+        stops = torch.tensor([family.stop - first for family in families], device=device)[:, None]
         place = (starts + order).minimum(stops - 1)
         back = None
         if any(family.length < length for family in families):
@@ -107,7 +107,7 @@ class Run:
             sees = torch.zeros(len(seen), *[max(map(len, seen))] * 2, dtype=torch.bool, device=device)
             for at, one in enumerate(seen):
                 sees[at, : len(one), : len(one)] = one
-        return Run(families[0].start, families[-1].stop, place, back, branch, sees)
+        return Run(first, families[-1].stop, place, back, branch, sees)
 
     def inside(self) -> Tensor:
         """(families or 1, L, L) True where a token may look in its family; padding stands at the end, unseen."""
@@ -120,7 +120,7 @@ class Run:
 
     def take(self, tokens: Tensor) -> Tensor:
         """(this run's tokens, heads, d) -> (families, heads, L, d)"""
-        chosen = tokens if self.back is None else tokens.index_select(0, (self.place - self.start).flatten())
+        chosen = tokens if self.back is None else tokens.index_select(0, self.place.flatten())
         return chosen.unflatten(0, (-1, self.length)).transpose(1, 2)
 
     def give(self, out: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Pack:
         allowed = run.inside()
         allowed = torch.cat([allowed.new_ones(len(allowed), length, shared), allowed], dim=2)
         if window is not None:
-            queries = at[run.place]
+            queries = at[run.start : run.stop][run.place]
             keys = torch.cat([at[:shared].expand(len(queries), -1), queries], dim=1)
             allowed = allowed & (queries[:, :, None] - keys[:, None, :] < window)
         return allowed[:, None]

@@ -13,8 +13,10 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits made at once (16 MiB in fp32)."""
-BLOCK_ELEMENTS = 1 << 17
-"""Logits gone through at once on a CPU (512 KiB)."""
+BLOCK_ELEMENTS = 1 << 18
+"""Logits gone through at once on a CPU (1 MiB in fp32), which a core keeps to itself."""
+MOST_ELEMENTS = 1 << 24
+"""Logits gone through at once elsewhere."""
 
 
 @torch.no_grad()
@@ -40,15 +42,16 @@ def token_statistics(
     for number, (chunk, tokens) in enumerate(zip(states.split(size), order.split([int(c.sum()) for c in counts]))):
         logits = head(chunk).float()
         picked.append(logits[at[tokens] - number * size, target[tokens]])
-        parts += [_moments(block) for block in logits.split(_rows(logits))]
+        parts += [_moments(block) for block in logits.split(rows_at_once(logits))]
     top, best, normaliser, mean, variance = (torch.cat(column) for column in zip(*parts))
     logprob = torch.cat(picked)[order.argsort()] - top[at] - normaliser[at]
     return logprob, best[at] == target, (mean - normaliser)[at], variance[at]
 
 
-def _rows(logits: Tensor) -> int:
-    """How many rows are gone through at once."""
-    return max(1, BLOCK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of logits (k, V) are gone through at once."""
+    most = BLOCK_ELEMENTS if logits.device.type == "cpu" else MOST_ELEMENTS
+    return max(1, most // logits.shape[1])
 
 
 def _moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
