@@ -337,6 +337,13 @@ def test_shares_are_percentages(value: float | None, text: str) -> None:
     assert words.percent(value) == text
 
 
+def test_quantities_have_two_digits_and_a_decimal_prefix() -> None:
+    counts = (0, 999, 999.6, 1500, 9.96e3, 3.21e9, 999.7e9, 4.2e18, -1500)
+    written = ["0 B", "999 B", "1.0 kB", "1.5 kB", "10 kB", "3.2 GB", "1.0 TB", "4200 PB", "-1.5 kB"]
+    assert [words.size(count) for count in counts] == written
+    assert words.size(float("nan")) == "not measured"
+
+
 def test_units_follow_the_name_of_the_quantity() -> None:
     assert words.plain(90.0, "seconds") == "90 s"
     assert words.plain(4e8, "peak_memory_bytes") == "400 MB"

@@ -84,15 +84,6 @@ def say_card(card: Any, folder: Path, json: bool) -> None:
     say(f"scorecard: {folder / 'scorecard.html'}")
 
 
-def size(count: float, unit: str = "B") -> str:
-    """A quantity with a decimal prefix: 3.2 GB, 41 TFLOP."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if abs(count) < 1000 or prefix == "P":
-            return f"{count:.3g} {prefix}{unit}" if count % 1 or count >= 1000 else f"{count:.0f} {prefix}{unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
-
-
 def duration(seconds: float) -> str:
     """45 s, 3 min 20 s, 5 h 12 min."""
     if seconds < 60:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, say, say_json, say_table, size
+from .console import assignments, say, say_json, say_table
 
 app = typer.Typer()
 Folder = Annotated[Path, typer.Argument(help="Delta folder, e.g. OUT/delta.")]
@@ -23,6 +23,7 @@ def group() -> None:
 def show(delta: Folder, json: Json = False) -> None:
     """Show kind, size, tensors and lineage of a delta."""
     from ..deltas import Delta
+    from ..report.words import size
 
     found = Delta.load(delta)
     cost = found.cost()

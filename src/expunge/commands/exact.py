@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, duration, progressing, say, say_json, say_table, size
+from .console import assignments, duration, progressing, say, say_json, say_table
 
 if TYPE_CHECKING:
     from ..methods.exact.ensemble import Ensemble
@@ -139,6 +139,7 @@ def delete(
     from ..errors import RowError
     from ..ledger import Ledger
     from ..methods.exact.ensemble import Ensemble
+    from ..report.words import size
     from ..tables.store import content_key
 
     asked = list(ids or [])

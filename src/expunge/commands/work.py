@@ -11,7 +11,7 @@ import typer
 from .. import processes
 from ..errors import ParameterError
 from .catalogue import Json, Plugins, load_plugins
-from .console import assignments, duration, progressing, remark, say, say_json, say_rich, say_table, size
+from .console import assignments, duration, progressing, remark, say, say_json, say_rich, say_table
 
 if TYPE_CHECKING:
     from ..evidence import Evidence
@@ -181,6 +181,8 @@ def compare(
 
 def _spoken(plan: Plan) -> list[tuple[str, list[list[str]]]]:
     """The plan in words: titles, and rows of what and how much."""
+    from ..report.words import size
+
     p, t = plan.parameters, plan.tokens
     what = [
         ["model", plan.model],
@@ -268,6 +270,8 @@ def _save_model(request: Any, folder: Path) -> None:
 
 def _speed(spent: dict[str, Any]) -> str:
     """What the method's steps reached; "" where that is not known."""
+    from ..report.words import size
+
     rate, share = spent.get("flop_per_second"), spent.get("machine_share")
     if rate is None:
         return ""

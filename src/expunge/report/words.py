@@ -240,9 +240,10 @@ def size(count: float | None, unit: str = "B") -> str:
     if not measured(count):
         return NOT_MEASURED
     prefixes = ["", "k", "M", "G", "T", "P"]
-    while abs(count) >= 1000 and len(prefixes) > 1:
+    # 999.6 is written 1000: what is rounded to a thousand has the next prefix.
+    while abs(count) >= 999.5 and len(prefixes) > 1:
         count, prefixes = count / 1000, prefixes[1:]
-    figure = f"{count:.0f}" if count >= 10 or not prefixes[0] else f"{count:.1f}"
+    figure = f"{count:.0f}" if abs(count) >= 9.95 or not prefixes[0] else f"{count:.1f}"
     return f"{figure} {prefixes[0]}{unit}"
 
 
