@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import processes
 from .errors import OutputError
+
+T = TypeVar("T")
 
 
 def cache_folder() -> Path:
@@ -79,6 +81,30 @@ def complete_folder(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}. Choose another place with --out.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def cached(
+    kind: str, key: str, *, read: Callable[[Path], T], make: Callable[[], T], write: Callable[[T, Path], None]
+) -> T:
+    """What is read from a folder of the user's cache; where it is not there it is made, and written for the next time.
+
+    All processes of a launch make it, the first one writes it.
+
+    Args:
+        kind: of what there is, a folder in the cache.
+        key: hash of all that decides what is made.
+
+    Raises:
+        OutputError: the cache cannot be written.
+    """
+    folder = cache_folder() / kind / key
+    if processes.once(folder.is_dir):
+        return read(folder)
+    made = make()
+    if processes.first():
+        with complete_folder(folder) as partial:
+            write(made, partial)
+    return made
 
 
 @contextmanager

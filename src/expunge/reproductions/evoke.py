@@ -65,13 +65,14 @@ def subject(seed: int) -> tuple[World, LanguageModel]:
 
 def taught(name: str, rows: Sequence[Lesson], recipe: Recipe, seed: int) -> LanguageModel:
     """`untrained` when it has learnt these rows; trained once, then found in the cache under the name."""
+    made = untrained(rows, seed)
 
     def train(folder: Path) -> None:
-        made = untrained(rows, seed)
         teach(made, rows, recipe, seed)
         made.save(folder / "model")
 
-    content = [[[row.kind, row.preface, row.prompt, row.answer] for row in rows], asdict(recipe), seed]
+    said = [[row.kind, row.preface, row.prompt, row.answer] for row in rows]
+    content = [made.fingerprint, said, asdict(recipe), seed]  # the fingerprint: another architecture is another model
     return LanguageModel.load(kept(name, content, train) / "model", device="cpu")
 
 

@@ -125,13 +125,14 @@ def mixture(seed: int, sizes: Sizes) -> Mixture:
     rows = corpus(seed, sizes)
     every = [row for some in rows.values() for row in some]
     retain = [row for domain, some in rows.items() if domain != FORGET for row in some]
-    content = [[[row.prompt, row.answer] for row in every], asdict(sizes), seed]
-    folder = kept("mixture", content, lambda folder: _taught(every, sizes, seed).save(folder / "model"))
+    made = _untaught(every, sizes, seed)
+    content = [made.fingerprint, [[row.prompt, row.answer] for row in every], asdict(sizes), seed]
+    folder = kept("mixture", content, lambda folder: _taught(made, every, sizes, seed).save(folder / "model"))
     return Mixture(LanguageModel.load(folder / "model", device="cpu"), {"forget": rows[FORGET], "retain": retain})
 
 
-def _taught(rows: Sequence[Row], sizes: Sizes, seed: int) -> LanguageModel:
-    subject = _untaught(rows, sizes, seed)
+def _taught(subject: LanguageModel, rows: Sequence[Row], sizes: Sizes, seed: int) -> LanguageModel:
+    """The subject, trained in place."""
     training = Training(
         steps=sizes.steps,
         batch_size=sizes.batch_size,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..errors import RowError, SubjectError
 from ..files import cache_folder, complete_folder, save_tensors
 from ..rows import Row
@@ -105,13 +106,14 @@ def moments(
     corpus = hashlib.sha256(repr([tuple(text) for text in texts]).encode()).hexdigest()
     home = keep if keep is not None else cache_folder() / "moments"
     folders = {layer: home / content_key(subject.fingerprint, corpus, layer, max_tokens, tolerance) for layer in sizes}
-    found = {layer: _load(folder) for layer, folder in folders.items() if folder.is_dir()}
+    found = {layer: _load(folder) for layer, folder in folders.items() if processes.once(folder.is_dir)}
     for group in _groups({layer: size for layer, size in sizes.items() if layer not in found}):
         for layer, moment in _stream(subject, texts, group, max_tokens, tolerance, progress).items():
             found[layer] = moment
-            with complete_folder(folders[layer]) as partial:
-                about = torch.tensor([moment.tokens, moment.change], dtype=torch.float64)
-                save_tensors({"moment": moment.matrix, "about": about}, partial / "moment.safetensors")
+            if processes.first():
+                with complete_folder(folders[layer]) as partial:
+                    about = torch.tensor([moment.tokens, moment.change], dtype=torch.float64)
+                    save_tensors({"moment": moment.matrix, "about": about}, partial / "moment.safetensors")
     return found
 
 

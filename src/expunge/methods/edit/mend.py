@@ -20,16 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ... import processes
 from ...deltas import Delta
 from ...edits import EditRow
 from ...errors import ParameterError, RequestError, TrainingError
-from ...files import cache_folder, complete_folder, save_tensors
+from ...files import cached, save_tensors
 from ...registry import edit
 from ...subjects.language import LanguageModel
 from ...subjects.packed import Pack, pack
@@ -194,16 +195,29 @@ def taught(
         TrainingError: the loss is not finite.
     """
     subject = case.base
-    records, names = [one.record() for one in shown], [matrix.name for matrix in matrices]
-    folder = cache_folder() / "mend" / content_key(VERSION, subject.fingerprint, records, names, vars(how))
     network = Network(matrices, how.rank, how.rate, how.seed)
-    if processes.once(folder.is_dir):
-        from safetensors.torch import load_file
 
+    def read(folder: Path) -> Tensor:
         kept = load_file(folder / "network.safetensors")
-        ends = kept.pop("losses")
+        losses = kept.pop("losses")
         network.load_state_dict(kept)
-        return network.to(subject.device), ends
+        return losses
+
+    def write(losses: Tensor, folder: Path) -> None:
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        save_tensors({**state, "losses": losses}, folder / "network.safetensors")
+
+    about = [one.record() for one in shown], [matrix.name for matrix in matrices], vars(how)
+    key = content_key(VERSION, subject.fingerprint, *about)
+    losses = cached("mend", key, read=read, make=lambda: _teach(network, case, shown, matrices, how), write=write)
+    return network.requires_grad_(False).to(subject.device), losses
+
+
+def _teach(
+    network: Network, case: EditCase, shown: Sequence[EditRow], matrices: Sequence[ValueMatrix], how: Teaching
+) -> Tensor:
+    """Train the network in place; its losses as `taught` gives them."""
+    subject = case.base
     lessons = _lessons(replace(case, subject=subject, edits=shown), shown, matrices)
     for number in range(len(matrices)):
         z = torch.cat([torch.cat(lesson.factors[number], 1) for lesson in lessons])
@@ -230,13 +244,7 @@ def taught(
         if case.progress:
             case.progress("mend", step + 1, how.steps)
     several = max(1, len(losses) // 10)
-    ends = torch.tensor([sum(part) / len(part) for part in (losses[:several], losses[-several:]) if part])
-    network.requires_grad_(False)
-    if processes.first():
-        with complete_folder(folder) as partial:
-            state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-            save_tensors({**state, "losses": ends}, partial / "network.safetensors")
-    return network, ends
+    return torch.tensor([sum(part) / len(part) for part in (losses[:several], losses[-several:]) if part])
 
 
 def _lessons(case: EditCase, shown: Sequence[EditRow], matrices: Sequence[ValueMatrix]) -> list[Lesson]:

@@ -16,17 +16,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ... import processes
 from ...deltas import Delta
 from ...edits import KINDS, EditRow
 from ...errors import ParameterError, RequestError
-from ...files import cache_folder, complete_folder, save_tensors
+from ...files import cached, save_tensors
 from ...registry import guard
 from ...rows import Row
 from ...subjects.contexts import read as read_all
@@ -134,16 +135,14 @@ def _others(rows: Sequence[Row], seed: int) -> list[EditRow]:
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
+Learnt = tuple[Delta, dict[str, Tensor]]
+"""Adapters, and of the classifier its weights, bias and the centre of its embeddings."""
+
+
 def trained(
     subject: LanguageModel, shown: Sequence[EditRow], fact: str, embedder: str, rank: int, training: Training
 ) -> Trained:
     """Adapters and classifier, from the cache where they are there; errors as `serac`'s."""
-    records = [one.record() for one in shown]
-    folder = (
-        cache_folder()
-        / "serac"
-        / content_key(VERSION, subject.fingerprint, records, fact, embedder, rank, asdict(training))
-    )
     asked = [
         Asked(
             read(subject, one, one.prompt),
@@ -154,27 +153,32 @@ def trained(
         for one in shown
     ]
     texts = questions(asked)
-    if processes.once(folder.is_dir):
-        from safetensors.torch import load_file
 
-        kept = load_file(folder / "scope.safetensors")
-        likeness = Likeness(texts, _embed(subject, embedder, kept["centre"]))
-        return Trained(Delta.load(folder / "adapters"), Scope(likeness, kept["weights"].numpy(), float(kept["bias"])))
-    centre = ends(subject, texts).mean(0) if embedder == "hidden" else torch.zeros(1)
-    scope = fitted(Likeness(texts, _embed(subject, embedder, centre)), asked)
-    rows = []
-    for one in shown:
-        for i, question in enumerate((one.prompt, *one.rephrasings)):
-            prompt = subject.prompt_text(one.row(question)).removeprefix(subject.tokenizer.bos_token or "")
-            rows.append(Row(f"{one.id}/{i}", one.target_new, one.told(fact) + prompt, kind="completion"))
-    how = f"lora(r={rank}, alpha={2 * rank}, modules=all)"
-    adapters = unlearn(subject, REINFORCE, {}, scope=how, data={"forget": rows}, training=training).delta
-    if processes.first():
-        with complete_folder(folder) as partial:
-            adapters.save(partial / "adapters")
-            numbers = {"weights": torch.from_numpy(scope.weights), "bias": torch.tensor(scope.bias).double()}
-            save_tensors({**numbers, "centre": centre}, partial / "scope.safetensors")
-    return Trained(adapters, scope)
+    def kept(folder: Path) -> Learnt:
+        return Delta.load(folder / "adapters"), load_file(folder / "scope.safetensors")
+
+    def learn() -> Learnt:
+        centre = ends(subject, texts).mean(0) if embedder == "hidden" else torch.zeros(1)
+        scope = fitted(Likeness(texts, _embed(subject, embedder, centre)), asked)
+        rows = []
+        for one in shown:
+            for i, question in enumerate((one.prompt, *one.rephrasings)):
+                prompt = subject.prompt_text(one.row(question)).removeprefix(subject.tokenizer.bos_token or "")
+                rows.append(Row(f"{one.id}/{i}", one.target_new, one.told(fact) + prompt, kind="completion"))
+        how = f"lora(r={rank}, alpha={2 * rank}, modules=all)"
+        adapters = unlearn(subject, REINFORCE, {}, scope=how, data={"forget": rows}, training=training).delta
+        numbers = {"weights": torch.from_numpy(scope.weights), "bias": torch.tensor(scope.bias).double()}
+        return adapters, {**numbers, "centre": centre}
+
+    def keep(made: Learnt, folder: Path) -> None:
+        made[0].save(folder / "adapters")
+        save_tensors(made[1], folder / "scope.safetensors")
+
+    records = [one.record() for one in shown]
+    key = content_key(VERSION, subject.fingerprint, records, fact, embedder, rank, asdict(training))
+    adapters, numbers = cached("serac", key, read=kept, make=learn, write=keep)
+    likeness = Likeness(texts, _embed(subject, embedder, numbers["centre"]))
+    return Trained(adapters, Scope(likeness, numbers["weights"].numpy(), float(numbers["bias"])))
 
 
 def _embed(subject: LanguageModel, name: str, centre: Tensor) -> Embed:
