@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "scipy", "pyarrow", "matplotlib", "peft", "sklearn", "datasets")
+HEAVY = ("torch", "transformers", "numpy", "scipy", "pyarrow", "peft", "sklearn", "datasets")
 
 
 def python(code: str) -> str:
