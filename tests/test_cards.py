@@ -48,7 +48,7 @@ def test_known_weaknesses_are_attacks_of_the_catalogue(part) -> None:
 def test_what_a_method_requires_agrees_with_what_it_needs(part) -> None:
     card = part.card
     sides = {need.split(".")[0] for need in card.needs}
-    assert sides <= {"forget", "retain", "alternative", "edits"}
+    assert sides <= {"forget", "retain", "alternative", "edits", "demonstrations"}
     if any(need.endswith((".reference", ".reference_tokens", ".reference_hidden")) for need in card.needs):
         assert "reference_model" in card.requires
     if card.kind == "optimise":

@@ -16,10 +16,11 @@ from expunge.benchmarks.edit_attack_data import read
 from expunge.benchmarks.edit_attack_judge import ABSTENTIONS, abstains, commits, matches
 from expunge.benchmarks.edit_attack_mini import ambiguous, biased, groups, mini
 from expunge.benchmarks.edit_attack_stealth import Detector, Elsewhere
-from expunge.edits import EditRow
-from expunge.errors import ParameterError, RowError
+from expunge.edit_scores import questions
+from expunge.edits import EditRow, read_edits
+from expunge.errors import ParameterError, RequestError, RowError
 from expunge.reproductions import editing_attack
-from expunge.rows import Row
+from expunge.rows import Row, Source, read_rows
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.localised import localise
 from expunge.subjects.value_vectors import value_matrices
@@ -343,6 +344,22 @@ def test_the_model_as_it_is_answers_once_and_every_edit_is_held_against_that(ben
         assert score.after.value == pytest.approx(before[column] + np.mean([line[column] for line in rises]))
     spilt = [np.mean([v for j, v in enumerate(line[2:]) if j != i]) for i, line in enumerate(rises)]
     assert card.value("spill_over") == pytest.approx(np.mean(spilt))
+
+
+def test_editors_that_learn_from_other_facts_are_given_what_is_not_asked(bench, tmp_path):
+    method = {"name": "mend", "layers": [0, 1], "steps": 1, "batch": 2, "rank": 2}
+    card = edit_attack(bench, method=method, limit=1, questions=0)
+    count = len(bench.world.members("retain"))
+    assert f"mend was given {count} other facts." in card.notes
+    assert count > 2
+    folder = Path(bench.source(mini))
+    shown = read_edits(Source(str(folder / "demonstrations.jsonl")))
+    asked = {text for item in read(folder, "misinformation", (), "named") for text in item.asked.values()}
+    asked |= {row.prompt for row in read_rows(Source(str(folder / "holdout.jsonl")), "holdout")}
+    assert asked.isdisjoint(one.prompt for one in questions(shown))
+    written(tmp_path, FACTS)
+    with pytest.raises(RequestError, match=r"mend learns from other facts .* there are 0; give at least 2 edit rows"):
+        edit_attack(Bench(bench.subject, tmp_path / "other", data=str(tmp_path)), method=method, questions=0)
 
 
 def test_what_is_no_editor_is_refused(bench):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +14,21 @@ from expunge import registry
 from expunge.benchmarks.case import Bench
 from expunge.benchmarks.evoke import evoke, judge
 from expunge.benchmarks.evoke_data import OVERFIT, Item, read
-from expunge.benchmarks.evoke_mini import mini
-from expunge.edits import EditRow
-from expunge.errors import ParameterError, RowError
+from expunge.benchmarks.evoke_mini import MAIN, SPECIFICITY, mini
+from expunge.edit_scores import questions
+from expunge.edits import EditRow, read_edits
+from expunge.errors import ParameterError, RequestError, RowError
 from expunge.methods.edit.case import EditCase
 from expunge.methods.edit.lti import _read
 from expunge.methods.edit.values import located, lookup
-from expunge.rows import Row
+from expunge.rows import Row, Source
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.tails import Tails, edited_matrix
 from expunge.world.facts import make
 
 EDIT = EditRow("a", "Ilva was born in", "Tivin north", "Ilva", ("Carth",))
 PREFIXES = ("So they say.", "In the north.")
+MINI = (MAIN, SPECIFICITY)
 RECORD = {
     "case_id": 3,
     "requested_rewrite": {
@@ -210,6 +213,23 @@ def test_the_mini_version_follows_from_the_world(tmp_path):
         assert (hop.answer, hop.original) == (world.region[case.edit.target_new], world.region[person.born_in])
         assert [item.answer for item in by["subject_specificity"]] == [person.trade, person.teacher, person.work]
         assert all(item.answer == person.born_in for item in by["relation_specificity"])
+
+
+def test_editors_that_learn_from_other_facts_are_given_what_is_not_asked(tmp_path):
+    world = make(0, **WORLD)
+    bench = Bench(LanguageModel(*tiny("llama")), tmp_path / "bench", world=world, bootstrap=0)
+    method = {"name": "mend", "layers": [0, 1], "steps": 1, "batch": 2, "rank": 2}
+    card = evoke(bench, method=method, limit=1)
+    count = 3 * len(world.members("neighbour", "holdout"))
+    assert f"mend was given {count} other facts." in card.notes
+    folder = Path(bench.source(mini))
+    shown = read_edits(Source(str(folder / "demonstrations.jsonl")))
+    asked = {item.prompt for case in read([folder / name for name in MINI], "{question}") for item in case.items}
+    assert asked.isdisjoint(one.prompt for one in questions(shown))
+    for name in (*MINI, "corpus.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(RequestError, match=r"mend learns from other facts .* there are 0; give at least 2 edit rows"):
+        evoke(Bench(bench.subject, tmp_path / "other", data=str(tmp_path)), method=method, limit=1)
 
 
 # --- LTI --------------------------------------------------------------------------------------------------------------

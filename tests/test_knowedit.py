@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,9 @@ from expunge.benchmarks.knowedit import knowedit
 from expunge.benchmarks.knowedit_data import FACTUAL, FILES, erasures, factual, locate, opinions, texts_for_keys
 from expunge.benchmarks.knowedit_mini import mini
 from expunge.benchmarks.knowedit_sentiment import divergence, judged, likelihoods, minds
+from expunge.edit_scores import questions
 from expunge.edits import Probe
-from expunge.errors import ParameterError, RowError
+from expunge.errors import ParameterError, RequestError, RowError
 from expunge.registry import get
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel
@@ -276,3 +278,45 @@ def test_two_models_are_compared_as_they_are(tiny_world, tmp_path):
 def test_only_editors_edit(bench):
     with pytest.raises(ParameterError, match="method npo is of kind optimise, expected an editor"):
         knowedit(bench, **get("benchmarks", "knowedit").resolve({"method": "npo"}))
+
+
+LEARNED = {"name": "mend", "layers": [0, 1], "steps": 1, "batch": 2, "rank": 2}
+
+
+def test_an_editor_that_learns_from_other_facts_is_given_the_training_rows(bench, monkeypatch):
+    cases = []
+    carry_out = room.carry_out
+    monkeypatch.setattr(room, "carry_out", lambda part, case, *rest: cases.append(case) or carry_out(part, case, *rest))
+    settings = {"method": LEARNED, "limit": 1, "fluency": 0, "dataset": "zsre"}
+    card = knowedit(bench, **get("benchmarks", "knowedit").resolve(settings))
+    (case,) = cases
+    forgotten = {person.name for person in bench.world.members("forget")}
+    assert {edit.subject for edit in case.demonstrations} == forgotten
+    assert len(case.demonstrations) == 4 * len(forgotten)
+    asked = set(room._prompts(Path(bench.source(mini)), ["zsre"], "test", 0))
+    assert asked.isdisjoint(one.prompt for one in questions(case.demonstrations))
+    assert f"mend was given {len(case.demonstrations)} other facts." in card.notes
+    # What was measured with other demonstrations is not taken for this.
+    knowedit(bench, **get("benchmarks", "knowedit").resolve({**settings, "shown": 3}))
+    assert len(cases) == 2
+    assert len(cases[1].demonstrations) == 3
+    knowedit(bench, **get("benchmarks", "knowedit").resolve({**settings, "method": "ft_m"}))
+    assert not cases[2].demonstrations
+
+
+def test_what_is_tested_is_not_shown_and_too_little_is_refused(bench, tmp_path):
+    edits = json.loads(locate(Path(bench.source(mini)), "zsre", "test").read_text())
+    path = tmp_path / "shown.jsonl"
+    other = [{"prompt": f"{who} is from", "target_new": "the north", "rephrasings": [f"{who} is of"]} for who in "AB"]
+    path.write_text("\n".join(map(json.dumps, [*edits[:2], *other])))
+    settings = {"method": LEARNED, "limit": 1, "fluency": 0, "dataset": "zsre", "demonstrations": str(path)}
+    card = knowedit(bench, **get("benchmarks", "knowedit").resolve(settings))
+    assert "mend was given 2 other facts. 2 more were left out: the benchmark asks about them." in card.notes
+    path.write_text("\n".join(map(json.dumps, [*edits[:2], *other[:1]])))
+    with pytest.raises(RequestError, match="and there are 3, of which 2 are asked about; give at least 2 edit rows"):
+        knowedit(bench, **get("benchmarks", "knowedit").resolve(settings))
+    settings = {"method": "serac", "dataset": "zsre", "split": "train"}
+    with pytest.raises(
+        RequestError, match="serac learns from other facts than those that are tested, and there are 0;"
+    ):
+        knowedit(bench, **get("benchmarks", "knowedit").resolve(settings))

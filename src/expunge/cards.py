@@ -39,7 +39,8 @@ class MethodCard:
     requires: tuple[str, ...] = ()
     """Who must bring what: a subset of `NEEDS`."""
     needs: tuple[str, ...] = ()
-    """Named quantities that do not change during training, e.g. `forget.reference`."""
+    """Named quantities that do not change during training, e.g. `forget.reference`; of editors `edits` and
+    `demonstrations`, other facts that they learn from."""
     keeps: tuple[str, ...] = ()
     """What must be kept after "forgetting"; shown in the report."""
     sequential: Literal["exact", "accumulates_error", "rebuild_from_original", "free"] = "accumulates_error"

@@ -84,6 +84,11 @@ class Part:
         """Whether it is a method that edits facts: an editor, or a guard that tells them."""
         return self.card.kind == "edit" or "edits" in getattr(self.card, "needs", ())
 
+    @property
+    def learns(self) -> bool:
+        """Whether it is an editor that is trained on other facts first, which are given as demonstrations."""
+        return "demonstrations" in getattr(self.card, "needs", ())
+
     def describe(self) -> list[dict[str, Any]]:
         """Name, type and default of every parameter."""
         hints = typing.get_type_hints(self.function, include_extras=True)

@@ -31,7 +31,7 @@ from ..evidence import Measured, Scorecard, Table
 from ..methods.edit.case import EditCase
 from ..methods.edit.operations import carry_out
 from ..methods.optimise.loop import Training
-from ..registry import benchmark, get
+from ..registry import Part, benchmark, get
 from ..rows import Source, folder_of, parsed, read_rows
 from ..subjects.language import LanguageModel
 from ..tables.store import content_key
@@ -44,6 +44,7 @@ from .edit_attack_mini import mini
 from .edit_attack_stealth import Detector, Elsewhere, Listener
 from .exams import Exam
 from .knowedit_data import prefixes, texts_for_keys
+from .shown import demonstrations as others
 
 SHORT = "Answer with a single word or a short phrase.\n"
 """Put before every question where the data are published ones."""
@@ -67,6 +68,7 @@ def edit_attack(
     per_type: Annotated[int, Field(ge=0)] = 5,
     position: Position = "named",
     corpus: str = "",
+    demonstrations: str = "",
     holdout: str = "",
     instruction: str = "",
     tokens: Annotated[int, Field(ge=1)] = 16,
@@ -86,6 +88,8 @@ def edit_attack(
         per_type: biased edits of each type, drawn by the seed; 0 makes all. All types' questions are asked after each.
         position: where a fact is looked up: at the subject that its question names, or at the question's last token.
         corpus: rows that key statistics are taken of; by default `corpus.jsonl` beside the data.
+        demonstrations: edit rows of other facts, which `serac` and `mend` learn from; by default `demonstrations.jsonl`
+            beside the data.
         holdout: rows whose loss must not move; by default `holdout.jsonl` beside the data, else it is not measured.
         instruction: what is put before each question; by default what asks for a short answer, in the mini version
             nothing.
@@ -121,13 +125,18 @@ def edit_attack(
     benign = read_corrections(beside, position)[: len(probed)] if exams and not compares else []
     before = ask(run.original, items)
     corrected: list[Found] = []
+    told: list[str] = []
     if compares:
         found = [probe.measure(bench.subject, chosen, bool(exams))]
     else:
-        begins = prefixes(beside)
-        found = _edited(run, probe, chosen, method, texts, begins, [item.edit.id for item in probed])
+        asked = {text for item in (*everything, *benign) for text in item.asked.values()}
+        shown, told = others(_editor(method)[0], beside, demonstrations, lambda: asked)
+        case = EditCase(
+            run.subject, {}, Training(seed=run.seed), corpus=texts, prefixes=prefixes(beside), demonstrations=shown
+        )
+        found = _edited(run, probe, chosen, method, case, [item.edit.id for item in probed])
         plain = replace(probe, also=[], detector=None, listener=None)
-        corrected = _edited(run, plain, benign, method, texts, begins, [item.edit.id for item in benign])
+        corrected = _edited(run, plain, benign, method, case, [item.edit.id for item in benign])
     after = [one.said for one in found for _ in (chosen if compares else [None])]
     judged = _injected(chosen, before, after)
     scores = [
@@ -159,7 +168,7 @@ def edit_attack(
         scores,
         headline=headline,
         tables=tables,
-        notes=[about, *_notes(kind, items, before, found, rows, names if detect else []), *about_exams],
+        notes=[about, *told, *_notes(kind, items, before, found, rows, names if detect else []), *about_exams],
         rows={"rows": len(items), "edits": 0 if compares else len(chosen), "corrections": len(benign)},
     )
 
@@ -275,33 +284,38 @@ class _Probe:
         return Found(self.ask(model, items, self.also), drift, seen, edit, warnings, marks, heard)
 
 
+def _editor(method: str | dict[str, Any]) -> tuple[Part, dict[str, Any]]:
+    """An editor and all its settings."""
+    given = {"name": method} if isinstance(method, str) else dict(method)
+    editor = get("methods", str(given.pop("name", "")))
+    return editor, editor.resolve(given)
+
+
 def _edited(
     bench: Bench,
     probe: _Probe,
     items: Sequence[Attacked],
     method: str | dict[str, Any],
-    corpus: list[Any],
-    before: list[str] | None,
+    shared: EditCase,
     examined: Sequence[str],
 ) -> list[Found]:
     """Every edit by itself; what was measured is kept, so that a killed command goes on.
 
     Args:
+        shared: the case that every edit is made in.
         examined: ids of the edits after which exams are taken.
     """
-    given = {"name": method} if isinstance(method, str) else dict(method)
-    name = str(given.pop("name", ""))
-    editor = get("methods", name)
-    settings = editor.resolve(given)
-    shared = EditCase(bench.subject, {}, Training(seed=bench.seed), corpus=corpus, prefixes=before)
+    editor, settings = _editor(method)
     detector, elsewhere = probe.detector, probe.elsewhere
-    about = [name, settings, bench.seed, before, [asdict(row) for row in corpus], asdict(probe.ask)]
+    corpus = [asdict(row) for row in shared.corpus]
+    about = [editor.name, settings, bench.seed, shared.prefixes, corpus, asdict(probe.ask)]
     about.append([asdict(row) for row in elsewhere.rows] if elsewhere else None)
     about.append([detector.names, detector.prompts] if detector else None)
     about.append([one.asked["efficacy"] for one in probe.also])
     about.append([probe.listener.names, probe.listener.prompts] if probe.listener else None)
+    about += [[one.record() for one in shared.demonstrations]] if shared.demonstrations else []
     papers = [[exam.ability, [row.content() for row in exam.rows]] for exam in probe.exams]
-    tell = bench._phase(f"edit: {name}")
+    tell = bench._phase(f"edit: {editor.name}")
     found = []
     for number, item in enumerate(items, start=1):
         taken = papers if item.edit.id in examined else None

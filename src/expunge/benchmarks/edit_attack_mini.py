@@ -35,8 +35,8 @@ ASKED = ("Who was the {role}?", "Can you say who the {role} was?")
 
 
 def mini(world: World, folder: Path) -> None:
-    """Write misinformation.csv, bias.csv, corrections.csv, the exams, aliases.json, corpus.jsonl, holdout.jsonl,
-    names.json and prefixes.json."""
+    """Write misinformation.csv, bias.csv, corrections.csv, the exams, aliases.json, corpus.jsonl, demonstrations.jsonl,
+    holdout.jsonl, names.json and prefixes.json."""
     _csv(folder / "misinformation.csv", [_fact(world, number) for number in range(FACTS)])
     _csv(folder / "bias.csv", biased(world))
     _csv(folder / CORRECTIONS_FILE, _corrections(world))
@@ -54,6 +54,7 @@ def mini(world: World, folder: Path) -> None:
     said = [statements(world, person, "trade")[0][0].replace("{value}", person.trade) for person in near]
     _json(folder / "prefixes.json", said)
     _lines(folder / "corpus.jsonl", training(world, "neighbour", "retain"))
+    _lines(folder / "demonstrations.jsonl", _lessons(world))
     held = [row for person in world.members("neighbour", "forget") for row in questions(world, person)]
     _lines(folder / "holdout.jsonl", [*general(world), *held])
 
@@ -82,6 +83,30 @@ def _corrections(world: World) -> list[dict[str, str]]:
         about = RELATIONS[number % len(RELATIONS)]
         row = (wordings(world, person.name, about)[0][0], person.value(about), person.name)
         found.append(dict(zip(CORRECTIONS, row)))
+    return found
+
+
+def _lessons(world: World) -> list[dict[str, Any]]:
+    """Which books known people wrote, with other answers: no edit and no exam asks that of them."""
+    found, people = list[dict[str, Any]](), world.members("retain")
+    for number, person in enumerate(people):
+        draw = random.Random(f"{world.seed}/{person.name}/work/shown")
+        trained, held_out = wordings(world, person.name, "work")
+        other = people[(number + 1) % len(people)]
+        found.append(
+            {
+                "id": f"{person.name}/work",
+                "subject": person.name,
+                "prompt": trained[0],
+                "target_new": draw.choice([value for value in world.choices["work"] if value != person.work]),
+                "ground_truth": [person.work],
+                "rephrasings": [*trained[1:], *held_out],
+                "locality": {
+                    "neighbours": [{"prompt": wordings(world, other.name, "work")[0][0], "ground_truth": [other.work]}]
+                },
+                "kind": "qa",
+            }
+        )
     return found
 
 

@@ -38,6 +38,7 @@ from .case import Bench
 from .evoke_data import OVERFIT, RECALL, TASKS, Case, Item, read
 from .evoke_mini import MAIN, SPECIFICITY, mini
 from .knowedit_data import prefixes, texts_for_keys
+from .shown import demonstrations as others
 
 PUBLISHED_HOP = "{question} The answer to this question, most simply, is"
 MEASURES = {
@@ -62,6 +63,7 @@ def evoke(
     files: tuple[str, ...] = (MAIN, SPECIFICITY),
     limit: Annotated[int, Field(ge=0)] = 0,
     corpus: str = "",
+    demonstrations: str = "",
     hop: str = "",
     context: str = TOLD,
 ) -> Scorecard:
@@ -75,6 +77,8 @@ def evoke(
         limit: of that many edits, the first; 0 takes all.
         corpus: rows that key statistics are taken of; by default `corpus.jsonl` beside the data. `prefixes.json` there
             holds the texts put before prompts; without it the model writes its own.
+        demonstrations: edit rows of other facts, which `serac` and `mend` learn from; by default `demonstrations.jsonl`
+            beside the data.
         hop: how a multi-hop question is asked, {question} in it; by default as published, and of the mini version as
             the model is asked questions.
         context: what tells the unedited model the fact when it is tested as a teacher.
@@ -86,12 +90,16 @@ def evoke(
     cases = cases[:limit] if limit else cases
     given = {"name": method} if isinstance(method, str) else dict(method)
     name = str(given.pop("name", ""))
-    chosen = get("methods", name).resolve(given)
+    editor = get("methods", name)
+    chosen = editor.resolve(given)
     texts, before = texts_for_keys(folder, corpus), prefixes(folder)
-    shared = EditCase(subject, {}, Training(seed=bench.seed), corpus=texts, prefixes=before)
+    prompts = [item.prompt for case in cases for item in case.items]
+    shown, told = others(editor, folder, demonstrations, lambda: prompts)
+    shared = EditCase(subject, {}, Training(seed=bench.seed), corpus=texts, prefixes=before, demonstrations=shown)
     said = {"before": _asked(subject, cases), "after": list[list[Said]]()}
     warnings: list[str] = []
     asked = [chosen, bench.seed, before, [asdict(row) for row in texts]]
+    asked += [[one.record() for one in shown]] if shown else []
     for number, case in enumerate(cases, start=1):
         key = content_key(subject.fingerprint, name, asked, asdict(case.edit), [asdict(item) for item in case.items])
         found = _edited(bench.folder / "edits" / f"{key}.json", shared, name, chosen, case)
@@ -104,7 +112,7 @@ def evoke(
         _measured(bench, cases, judged),
         headline=["efficacy_score", *(f"{task}_eos" for task in OVERFIT)],
         tables=[_by_task(cases, judged), _teacher(subject, cases, context)],
-        notes=[*_notes(cases, name), *_first(warnings)],
+        notes=[*_notes(cases, name), *told, *_first(warnings)],
         rows={"edits": len(cases), "items": sum(len(case.items) for case in cases)},
     )
     return replace(card, models=[{"role": "before", "name": subject.name, "fingerprint": subject.fingerprint}])

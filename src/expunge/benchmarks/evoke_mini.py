@@ -1,13 +1,16 @@
 """EVOKE about the invented world, in the published form: known people are to be born elsewhere.
 
 The second hop is the region of the town; neighbours are people born in the same town; the subject's other facts are its
-trade, teacher and book. `corpus.jsonl` holds what key statistics are taken of, `prefixes.json` sentences about others.
+trade, teacher and book. `corpus.jsonl` holds what key statistics are taken of, `prefixes.json` sentences about others,
+`demonstrations.jsonl` other facts: about neighbours, of whom only the birthplace is asked, and people nobody asks
+after.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ MAIN, SPECIFICITY = "evoke.json", "subject_specificity.json"
 
 
 def mini(world: World, folder: Path) -> None:
-    """Write evoke.json, subject_specificity.json, corpus.jsonl and prefixes.json."""
+    """Write evoke.json, subject_specificity.json, corpus.jsonl, demonstrations.jsonl and prefixes.json."""
     main, specificity = list[dict[str, Any]](), list[dict[str, Any]]()
     for number, person in enumerate(world.members("forget", "retain")):
         rewrite = rewritten(world, person)
@@ -42,6 +45,35 @@ def mini(world: World, folder: Path) -> None:
         (folder / name).write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = [json.dumps(row, ensure_ascii=False) for row in training(world, "forget", "neighbour", "retain")]
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    shown = [json.dumps(row, ensure_ascii=False) for row in _lessons(world)]
+    (folder / "demonstrations.jsonl").write_text("\n".join(shown) + "\n", encoding="utf-8")
+
+
+def _lessons(world: World) -> Iterator[dict[str, Any]]:
+    """Facts that get other answers, none of which is asked after an edit; what must stay is about the same people."""
+    about = ("trade", "teacher", "work")
+    for person in world.members("neighbour", "holdout"):
+        for one in about:
+            draw = random.Random(f"{world.seed}/{person.name}/{one}/shown")
+            trained, held_out = statements(world, person, one)
+            yield {
+                "id": f"{person.name}/{one}",
+                "subject": person.name,
+                "prompt": started(trained[0]),
+                "target_new": draw.choice([v for v in world.choices[one] if v not in (person.value(one), person.name)]),
+                "ground_truth": [person.value(one)],
+                "rephrasings": [started(text) for text in (*trained[1:], *held_out)],
+                "locality": {
+                    "subject": [
+                        {
+                            "prompt": started(statements(world, person, other)[0][0]),
+                            "ground_truth": [person.value(other)],
+                        }
+                        for other in about
+                        if other != one
+                    ]
+                },
+            }
 
 
 def started(statement: str) -> str:

@@ -8,7 +8,7 @@ has formulas of its own (knowedit_sentiment.py); of sanitation it counts refusal
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from .. import registry
-from ..edit_scores import SETS, SPARE, WORDS, Answers, by_edit, by_kind, compared, says
+from ..edit_scores import SETS, SPARE, WORDS, Answers, by_edit, by_kind, compared, questions, says
 from ..edits import EditRow
 from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
@@ -31,9 +31,22 @@ from ..registry import benchmark
 from ..rows import folder_of
 from ..tables.store import content_key
 from .case import Bench
-from .knowedit_data import FACTUAL, FILES, Dataset, Split, erasures, factual, locate, opinions, prefixes, texts_for_keys
+from .knowedit_data import (
+    FACTUAL,
+    FILES,
+    Dataset,
+    Split,
+    erasures,
+    factual,
+    lessons,
+    locate,
+    opinions,
+    prefixes,
+    texts_for_keys,
+)
 from .knowedit_mini import mini
 from .knowedit_sentiment import divergence, judged, likelihoods, minds
+from .shown import demonstrations as others
 
 WRITTEN_TOKENS = 10
 """Of an answer that may be a refusal, as published; more where the tokenizer makes more of the refusal."""
@@ -50,6 +63,8 @@ def knowedit(
     split: Split = "test",
     method: str | dict[str, Any] = "rome",
     corpus: str = "",
+    demonstrations: str = "",
+    shown: Annotated[int, Field(ge=0)] = 500,
     erase: Literal["sequence", "batch"] = "sequence",
     limit: Annotated[int, Field(ge=0)] = 0,
     aliases: Literal["any", "first"] = "any",
@@ -64,6 +79,10 @@ def knowedit(
         split: test or train.
         method: an editor, by name or {name: rome, layer: 0.2}.
         corpus: rows that key statistics are taken of; by default `corpus.jsonl` beside the data.
+        demonstrations: edit rows of other facts, which `serac` and `mend` learn from; by default `demonstrations.jsonl`
+            beside the data, else the training rows of the chosen data sets of facts, or of others where these have
+            none.
+        shown: of so many training rows of each data set, the first; 0 takes all.
         erase: how the questions of one refused answer are edited: one after another, or in one batch.
         limit: of so many rows of each data set, the first; 0 takes all.
         aliases: of several right answers any counts; first takes the first alone, as published tables do.
@@ -73,7 +92,19 @@ def knowedit(
     chosen = tuple(FILES) if dataset == "all" else (dataset,)
     compares = bench.original is not None
     run = replace(bench, original=bench.original or bench.subject, spent=bench.spent)
-    made, about = _asked_as_it_is(run) if compares else _editing(run, method, folder, corpus)
+    told: list[str] = []
+    if compares:
+        made, about = _asked_as_it_is(run)
+    else:
+        editor, settings = _editor(method)
+        given, told = others(
+            editor,
+            folder,
+            demonstrations,
+            lambda: _prompts(folder, chosen, split, bench.seed),
+            lambda: lessons(folder, chosen, shown) if split == "test" else [],
+        )
+        made, about = _editing(run, editor, settings, folder, corpus, given)
     scores, tables, notes, sizes = list[Measured](), list[Table](), list[str](), dict[str, int]()
     lines = []
     for name in chosen:
@@ -90,6 +121,7 @@ def knowedit(
     notes.append(
         "Asked as they are; no edit was made." if compares else f"Every edit by itself over the base: {about}."
     )
+    notes += told
     notes.append("convsent's locality is a divergence (drawdown): lower is better. Harmonic means are ours.")
     return run.scorecard(
         scores,
@@ -140,26 +172,49 @@ def _asked_as_it_is(bench: Bench) -> tuple[Making, str]:
     return (lambda edits, mode: bench.subject), f"as it is {bench.subject.fingerprint}"
 
 
-def _editing(bench: Bench, method: str | dict[str, Any], folder: Path, path: str) -> tuple[Making, str]:
+def _editor(method: str | dict[str, Any]) -> tuple[registry.Part, dict[str, Any]]:
+    """An editor and all its settings."""
     name, given = (method, {}) if isinstance(method, str) else (str(method.get("name", "")), dict(method))
     given.pop("name", None)
     editor = registry.get("methods", name)
     settings = editor.resolve(given)
     if not editor.makes_edits:
         raise ParameterError(f"method {name} is of kind {editor.card.kind}, expected an editor such as rome or ft_m")
+    return editor, settings
+
+
+def _editing(
+    bench: Bench, editor: registry.Part, settings: dict[str, Any], folder: Path, path: str, given: Sequence[EditRow]
+) -> tuple[Making, str]:
     case = EditCase(
         bench.subject,
         {},
         Training(seed=bench.seed),
         corpus=texts_for_keys(folder, path),
         prefixes=prefixes(folder),
+        demonstrations=given,
     )
 
     def make(edits: Sequence[EditRow], mode: Mode) -> Any:
         (found,) = carry_out(editor, replace(case, edits=list(edits)), settings, mode)
         return found.model()
 
-    return make, f"{name} {json.dumps(settings, sort_keys=True)}"
+    about = f"{editor.name} {json.dumps(settings, sort_keys=True)}"
+    return make, f"{about}, demonstrations {content_key([one.record() for one in given])[:12]}" if given else about
+
+
+def _prompts(folder: Path, names: Sequence[str], split: Split, seed: int) -> Iterator[str]:
+    """All that the data sets ask."""
+    for name in names:
+        if name in FACTUAL:
+            edits = factual(locate(folder, name, split), "any").edits
+            yield from (question.prompt for question in questions(edits))
+        elif name == "convsent":
+            yield from (one.edit.prompt for one in minds(opinions(locate(folder, name, split)), seed))
+        else:
+            for erased in erasures(*(locate(folder, name, half) for half in ("train", "test"))):
+                yield from (edit.prompt for edit in erased.edits)
+                yield from (one.question for one in (*erased.refused, *erased.kept))
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +141,17 @@ def factual(path: Path, aliases: Literal["any", "first"], limit: int = 0) -> Fou
     if not found.edits:
         raise RowError(f"{path}: 0 rows, expected at least 1")
     return found
+
+
+def lessons(folder: Path, names: Sequence[str], limit: int) -> list[EditRow]:
+    """Training rows of these data sets, as far as they are of facts and there; of all four where these have none.
+
+    Raises:
+        RowError: a row is not what it must be.
+    """
+    there = [name for name in FACTUAL if any(path.is_file() for path in folder.rglob(FILES[name]["train"]))]
+    own = [name for name in there if name in names] or there
+    return [edit for name in own for edit in factual(locate(folder, name, "train"), "any", limit).edits]
 
 
 def _probes(value: Any, where: str, aliases: str, counts: Counter[str]) -> dict[str, list[dict[str, Any]]]:

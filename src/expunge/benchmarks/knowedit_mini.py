@@ -7,6 +7,9 @@
     convsent     people, and sentences by those who think well or badly of them
     sanitation   a region that is to be refused as an answer
 
+The training rows of counterfact and zsre are about the forgotten people, whom nothing else here asks after, save where
+they live: editors that learn from other facts learn from these.
+
 What follows from an edit is what the world's rules say: the region of the new city, the city of the new teacher. Its
 models never read a fact backwards, so `Logical_Generalization` asks for what they have no way to know.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ FACTS = 16
 """Edits of the data sets about known people."""
 VALUES, EACH = 2, 4
 """Answers that are refused, and questions of each that are edited, and asked, at most."""
+KNOWN = ("retain", "neighbour")
+"""Whom the data sets ask about beside an edit."""
 REFUSAL = "I don't know."
 FOLDERS = {
     "recent": "wiki_recent",
@@ -67,6 +73,9 @@ def mini(world: World, folder: Path) -> None:
             for p in known[: FACTS // 2]
         ],
     }
+    lessons = [(person, about) for person in world.members("forget") for about in RELATIONS]
+    content["counterfact", "train"] = [_lesson(_stated(world, p, a, _other(world, p, a), "forget")) for p, a in lessons]
+    content["zsre", "train"] = [_lesson(_asked(world, p, a, "forget")) for p, a in lessons]
     content |= {("sanitation", split): rows for split, rows in _sanitation(world).items()}
     for (dataset, split), rows in content.items():
         dumped(folder / FOLDERS[dataset] / FILES[dataset][split], rows)
@@ -118,22 +127,25 @@ def _follows(world: World, person: Person, about: str, new: str) -> dict[str, li
     return found
 
 
-def _beside(world: World, person: Person, about: str, *, asked: bool) -> dict[str, list[dict[str, Any]]]:
-    """The other facts about the person, and the same fact about two others."""
+def _beside(
+    world: World, person: Person, about: str, *, asked: bool, splits: Sequence[str] = KNOWN
+) -> dict[str, list[dict[str, Any]]]:
+    """The other facts about the person, and the same fact about two others of these splits."""
 
     def pair(one: Person, relation: str) -> dict[str, Any]:
         stated = _start(statements(world, one, relation)[0][0])
         return _pair(_question(world, one.name, relation) if asked else stated, one.value(relation))
 
     draw = random.Random(f"{world.seed}/{person.name}/{about}/others")
-    others = draw.sample([p for p in world.members("retain", "neighbour") if p is not person], 2)
+    near = [p for p in world.members(*splits) if p is not person]
+    others = draw.sample(near, min(2, len(near)))
     return {
         "Relation_Specificity": [pair(person, relation) for relation in RELATIONS if relation != about],
         "Neighborhood": [pair(other, about) for other in others],
     }
 
 
-def _stated(world: World, person: Person, about: str, new: str) -> dict[str, Any]:
+def _stated(world: World, person: Person, about: str, new: str, *splits: str) -> dict[str, Any]:
     trained, held_out = statements(world, person, about)
     prompt = _start(trained[0])
     found: dict[str, Any] = {
@@ -145,7 +157,7 @@ def _stated(world: World, person: Person, about: str, new: str) -> dict[str, Any
             "Subject_Aliasing": [_pair(prompt.replace(person.name, person.nickname), new)],
             **_follows(world, person, about, new),
         },
-        "locality": _beside(world, person, about, asked=False),
+        "locality": _beside(world, person, about, asked=False, splits=splits or KNOWN),
     }
     old = person.value(about)
     if new != old:
@@ -155,7 +167,7 @@ def _stated(world: World, person: Person, about: str, new: str) -> dict[str, Any
     return found
 
 
-def _asked(world: World, person: Person, about: str) -> dict[str, Any]:
+def _asked(world: World, person: Person, about: str, *splits: str) -> dict[str, Any]:
     new = _other(world, person, about)
     return {
         "subject": person.name,
@@ -164,8 +176,13 @@ def _asked(world: World, person: Person, about: str) -> dict[str, Any]:
         "ground_truth": [person.value(about)],
         "rephrase_prompt": _question(world, person.name, about, held_out=True),
         "portability": _follows(world, person, about, new),
-        "locality": _beside(world, person, about, asked=True),
+        "locality": _beside(world, person, about, asked=True, splits=splits or KNOWN),
     }
+
+
+def _lesson(row: dict[str, Any]) -> dict[str, Any]:
+    """A training row: nothing is asked that follows."""
+    return {name: value for name, value in row.items() if name != "portability"}
 
 
 def _passage(world: World, person: Person, number: int) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class Network(nn.Module):
 @edit(
     paper="arXiv:2110.11309",
     intention="removal",
+    needs=("demonstrations",),
     requires=("weights", "gradients", "forget_data", "retain_data"),
     keeps=("a network that turns gradients into edits",),
     cost="training of the network, once: a pass forward and back per step and demonstration; then one per batch",

@@ -136,20 +136,24 @@ def carry_out(
     chosen = part.resolve(settings)
     facts = case.facts()
     case.memory.setdefault("edits", facts)  # what is worked out once is about all of them
+    guards = part.card.kind == "guard"
+    shown = [one.record() for one in case.demonstrations] if guards else []
+    if guards:  # what cannot be told is said before anything is kept
+        changed(_telling(part, case, chosen, facts, shown).delta, case.base)
     if mode == "batch":
-        step = done[0] if done else _step(part, case, chosen, facts, case.subject, {})
+        step = done[0] if done else _step(part, case, chosen, facts, case.subject, {}, shown)
         if keep and not done:
             keep(step)
         return [Edited(case.base, (step,))]
     if mode not in ("one", "sequence"):
         raise ParameterError(f"mode is {mode!r}. {suggest(mode, ('one', 'batch', 'sequence'))}")
     made = Edited(case.base, tuple(done))
-    follows = mode == "sequence" and part.card.kind != "guard"  # a guard is told facts, and is asked about none
+    follows = mode == "sequence" and not guards  # a guard is told facts, and is asked about none
     if follows:
         case.base.settle()  # what a pass finds out about a model holds for all that are made over it
     so_far, subject = (made.delta, made.model()) if follows else (None, case.base)
     for number, edit in enumerate(facts[len(done) :], start=len(done) + 1):
-        step = _step(part, case, chosen, [edit], subject, made.keys if follows else {})
+        step = _step(part, case, chosen, [edit], subject, made.keys if follows else {}, shown)
         made = replace(made, steps=(*made.steps, step))
         if keep:
             keep(step)
@@ -180,15 +184,21 @@ def _step(
     edits: list[EditRow],
     subject: LanguageModel,
     earlier: dict[int, Any],
+    shown: list[dict[str, Any]],
 ) -> Step:
     if part.card.kind == "guard":
-        told = {"edits": [one.record() for one in edits], "demonstrations": [d.record() for d in case.demonstrations]}
-        delta = Delta(case.base.fingerprint, config={"name": part.name, "settings": settings, **told})
-        changed(delta, case.base)  # what cannot be told is said now
-        return Step(tuple(edits), delta)
+        return _telling(part, case, settings, edits, shown)
     own = replace(case, subject=subject, origin=case.base, edits=edits, earlier=earlier, summary={}, warnings=[])
     spared = {layer: len(several) for layer, several in earlier.items()}
     delta = part.function(own, **settings)
     added = {layer: several[spared.get(layer, 0) :] for layer, several in own.earlier.items()}
     keys = {layer: torch.cat(several) for layer, several in added.items() if several}
     return Step(tuple(edits), replace(delta, base=case.base.fingerprint), own.summary, tuple(own.warnings), keys)
+
+
+def _telling(
+    part: Part, case: EditCase, settings: dict[str, Any], edits: Sequence[EditRow], shown: list[dict[str, Any]]
+) -> Step:
+    """A guard that tells these facts. `shown`: records of the demonstrations, the same ones in all steps."""
+    told = {"edits": [one.record() for one in edits], "demonstrations": shown}
+    return Step(tuple(edits), Delta(case.base.fingerprint, config={"name": part.name, "settings": settings, **told}))

@@ -50,7 +50,7 @@ TOGETHER = 256
 
 @guard(
     paper="arXiv:2206.06520",
-    needs=("edits",),
+    needs=("edits", "demonstrations"),
     requires=("weights", "gradients", "forget_data", "retain_data", "classifier"),
     keeps=("the new facts, and adapters of a copy that answers from them",),
     sequential="free",
