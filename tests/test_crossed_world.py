@@ -88,3 +88,16 @@ def test_every_word_is_one_token_wherever_it_stands(world):
 def test_a_world_in_which_names_cannot_be_shared_or_given_is_refused(people):
     with pytest.raises(ParameterError, match=f"people is {people}"):
         crossed.crossed(0, people)
+
+
+@pytest.mark.parametrize(
+    ("people", "given", "steps"), [(25, {}, 1200), (100, {}, 1200), (375, {}, 4500), (375, {"steps": 7}, 7)]
+)
+def test_in_a_larger_world_every_sentence_is_read_as_often(monkeypatch, people, given, steps):
+    found = []
+    monkeypatch.setattr(
+        crossed, "taught", lambda kind, rows, recipe, *_, **__: found.append(recipe) or {"before": None}
+    )
+    crossed.model_of(crossed.crossed(0, people), given)
+    assert found[0].steps == steps
+    assert found[0].hidden_size == crossed.RECIPE.hidden_size

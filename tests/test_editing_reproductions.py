@@ -44,6 +44,28 @@ def test_edits_are_everybodys_first_fact_before_anybodys_second_with_other_answe
         case.edits(4 * len(people) + 1)
 
 
+def test_demonstrations_are_about_people_who_are_asked_about_nowhere(case):
+    shown = case.demonstrations()
+    assert len(shown) == len(RELATIONS) * len(case.shown) == 20
+    assert not set(case.shown) & {*case.edited, *case.spared}
+    edits = case.edits(4 * len(case.edited))
+    asked = {one.prompt for one in editing.questions([*edits, *case.others()])}
+    taught = [one.prompt for one in editing.questions(shown)]
+    assert asked.isdisjoint(taught)
+    assert not any(name in text for text in asked for name in case.shown)
+    for one in shown:
+        assert one.rephrasings
+        assert len(one.locality["subject"]) == 3
+        assert len(one.locality["neighbours"]) == editing.NEAR
+        assert all(any(name in probe.prompt for name in case.shown) for probe in one.locality["neighbours"])
+
+
+def test_editors_that_learn_from_other_facts_edit_this_world(case, own_cache):
+    (found,) = editing.made(case, "mend", {"steps": 2, "batch": 2, "layers": [0, 1]}, case.edits(2), "sequence", 0)
+    assert len(found.steps) == 2
+    assert editing.undone(case, [found])
+
+
 def test_what_follows_is_averaged_over_the_edits_that_have_it(case):
     several = editing.made(case, "ike", {}, case.edits(5), "one", 0)
     each = [editing.measured(edited.model(), case.model, edited.edits) for edited in several]

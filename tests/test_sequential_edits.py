@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from test_editors import CORPUS, PREFIXES, subject
 from test_sequences import edits
+from test_serac import SHOWN
 
 from expunge.edits import Probe
 from expunge.reproductions import sequential_edits
@@ -33,6 +34,9 @@ class World:
     def others(self):
         return [replace(one, subject="", prompt=f"Carth {i} is") for i, one in enumerate(edits(3))]
 
+    def demonstrations(self):
+        return SHOWN
+
 
 @pytest.fixture
 def world(monkeypatch):
@@ -44,7 +48,8 @@ def world(monkeypatch):
 @pytest.mark.parametrize("editor", ["grace", "ft_m"])
 def test_what_is_measured_on_the_way_is_what_a_sequence_of_that_length_gives(world, monkeypatch, editor):
     monkeypatch.setattr(sequential_edits, "ASKED", 3)
-    long, short = (sequential_edits.trial(editor, {"layer": 0, "steps": 2}, counts, 0) for counts in ([1, 4, 9], [4]))
+    settings = {"layer": 0, "steps": 2}
+    long, short = (sequential_edits.trial(editor, settings, counts, 0, broken=0.0) for counts in ([1, 4, 9], [4]))
     assert [point["edits"] for point in long["points"]] == [1, 4, 9]
     assert long["restored"] is short["restored"] is True
     for one in (*long["points"], *short["points"]):
@@ -52,6 +57,35 @@ def test_what_is_measured_on_the_way_is_what_a_sequence_of_that_length_gives(wor
         assert set(sequential_edits.COLUMNS) <= set(one)
     assert short["points"] == long["points"][1:2]
     assert "subject" not in long["points"][2]
+
+
+def test_a_sequence_ends_where_the_model_is_broken_and_is_undone_all_the_same(world, monkeypatch):
+    asked = []
+
+    def measured(model, before, edits):
+        asked.append(len(edits))
+        return {"success": 0.3 if len(asked) < 3 else 0.1, "rephrase": 0.0, "kept": 0.0}
+
+    monkeypatch.setattr(sequential_edits, "measured", measured)
+    settings = {"layer": 0, "steps": 1}
+    found = sequential_edits.trial("ft_m", settings, [1, 2, 4], 0, broken=0.2)
+    assert [point["edits"] for point in found["points"]] == [1, 2]
+    assert found["restored"] is True
+    asked.clear()
+    found = sequential_edits.trial("ft_m", settings, [1, 2, 4], 0, broken=0.0)
+    assert [point["edits"] for point in found["points"]] == [1, 2, 4]
+
+
+def test_what_an_ended_sequence_did_not_reach_is_a_dash_and_counts_as_it_was():
+    rows = [row for row in points({}) if (row["editor"], row["edits"]) != ("rome", 100)]
+    rows = [
+        {**row, "success": 0.1, "others": 0.0} if (row["editor"], row["edits"]) == ("rome", 10) else row for row in rows
+    ]
+    assert sequential_edits._cell(rows, "success", "rome", 10) == "0.1"
+    assert sequential_edits._cell(rows, "success", "rome", 100) == "-"
+    claim, *_ = sequential_edits.judge(rows, True, 4, COUNTS)
+    assert claim.holds
+    assert claim.measured.endswith("0.1 / 0 after 10, where it was broken")
 
 
 def test_of_many_edits_a_sample_is_asked_about():
@@ -66,7 +100,9 @@ def test_of_many_edits_a_sample_is_asked_about():
 def test_the_page_has_every_editors_curves(world, monkeypatch, tmp_path):
     quick = {name: {"layer": 0, "steps": 1} for name in ("ft_m", "grace", "rome", "wise")}
     monkeypatch.setattr(sequential_edits, "EDITORS", quick | {"alphaedit": {"layers": [0, 1], "steps": 1}})
-    found = sequential_edits.sequential_edits(Case(tmp_path, seeds=(0, 1), workers=1), counts=(1, 2), shared=1)
+    found = sequential_edits.sequential_edits(
+        Case(tmp_path, seeds=(0, 1), workers=1), counts=(1, 2), shared=1, broken=0.0
+    )
     (drawn,) = found.figures
     assert list(drawn.panels) == list(sequential_edits.COLUMNS.values())
     for each in drawn.panels.values():

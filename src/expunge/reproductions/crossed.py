@@ -51,6 +51,8 @@ TOLD_EACH = 2
 """Facts of each person that are told otherwise."""
 OTHERS_EACH = 2
 """Sentences about others that each question is taught behind."""
+USUAL = 100
+"""People that `RECIPE` has steps for."""
 RECIPE = Recipe(
     hidden_size=96,
     intermediate_size=256,
@@ -167,8 +169,10 @@ def words(texts: list[str]) -> Any:
 
 
 def model_of(world: Crossed, recipe: Mapping[str, Any] | None = None) -> LanguageModel:
-    """The model that knows the world; trained once, then found in the cache."""
+    """The model that knows the world; trained once, then found in the cache. In a larger world than of `USUAL` people
+    every sentence is read as often as there."""
     rows = lessons(world)
     texts = [f"{row.prompt} {row.answer}".strip() for row in rows]
-    chosen = Recipe(**{**asdict(RECIPE), **(recipe or {})})
+    steps = max(RECIPE.steps, RECIPE.steps * len(world.people) // USUAL)
+    chosen = Recipe(**{**asdict(RECIPE), "steps": steps, **(recipe or {})})
     return taught("crossed", {"before": rows}, chosen, world.seed, words=words(texts))["before"]

@@ -72,9 +72,13 @@ def easyedit(
         "ft_m, layer 0": ("ft_m", {"layer": 0, "learning_rate": 5e-3}, "one", facts),
         "ft_l, layer 0": ("ft_l", {"layer": 0, "learning_rate": 5e-3}, "one", facts),
         "lora_edit": ("lora_edit", {"steps": 20}, "one", facts),
+        "ultraedit": ("ultraedit", {"learning_rate": 3e-3}, "one", facts),
+        "mend": ("mend", {"steps": 200, "batch": 4, "c_edit": 1.0}, "one", facts),
         "grace, layer 2": ("grace", {"layer": 2}, "one", facts),
         "wise, layer 2": ("wise", {"layer": 2, "steps": 40}, "one", facts),
+        "steer, layer 2": ("steer", {"layer": 2}, "one", facts),
         "ike, k = 0": ("ike", {}, "one", facts),
+        "serac": ("serac", {}, "one", facts),
         SEQUENCE.format(batch): ("rome", {"layer": 0}, "sequence", batch),
     }
     for weight in weights:
@@ -177,6 +181,9 @@ NOTES = [
     "ends reaches the fact.",
     "ROME with its published 25 steps, rate 0.5 and clamp 4 behind five facts of people whom no edit is about; key "
     "statistics over what the model was taught. One hop: the country of another place of birth.",
+    "MEND and SERAC are trained on the facts of a sixth of the people, who are asked about nowhere. MEND's weight of "
+    "the edit, its steps and UltraEdit's rate were chosen on models of the invented world: the published ones are for "
+    "models of billions of weights. Steering moves a manner of answering, not a fact.",
     "Criteria are those of a prototype on another small model; settings were not changed to meet them.",
     "Success counts an answer whose every token is the model's first choice; the published protocol counts tokens.",
     "After a fact that it is told the model learned to repeat it, and never to be asked about anybody else: that `ike` "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,21 @@ class Subject:
 
     @property
     def edited(self) -> list[str]:
-        """People whose facts edits are about: five of six. No edit is about the others."""
-        return list(self.world.people)[: -(len(self.world.people) // 6)]
+        """People whose facts edits are about: two of three. No edit is about the others."""
+        return list(self.world.people)[: -2 * self._sixth]
+
+    @property
+    def shown(self) -> list[str]:
+        """People who are asked about nowhere: editors that learn from other facts are shown theirs."""
+        return list(self.world.people)[-2 * self._sixth : -self._sixth]
 
     @property
     def spared(self) -> list[str]:
-        return list(self.world.people)[len(self.edited) :]
+        return list(self.world.people)[-self._sixth :]
+
+    @property
+    def _sixth(self) -> int:
+        return len(self.world.people) // 6
 
     def edits(self, count: int) -> list[EditRow]:
         """Facts with other answers: everybody's first before anybody's second, relations in turn.
@@ -67,9 +76,18 @@ class Subject:
             )
         pairs = [(p, RELATIONS[(i + turn) % len(RELATIONS)]) for turn in range(4) for i, p in enumerate(people)]
         chosen = set(pairs[:count])
-        return [self._edit(name, about, chosen) for name, about in pairs[:count]]
+        return [self._edit(name, about, chosen, self.spared) for name, about in pairs[:count]]
 
-    def _edit(self, name: str, about: str, edited: Collection[tuple[str, str]]) -> EditRow:
+    def demonstrations(self) -> list[EditRow]:
+        """All facts of the people who are shown, as edits of which each is made by itself; what must stay is about
+        them, too."""
+        return [
+            self._edit(name, about, {(name, about)}, [other for other in self.shown if other != name])
+            for name in self.shown
+            for about in RELATIONS
+        ]
+
+    def _edit(self, name: str, about: str, edited: Collection[tuple[str, str]], near: Sequence[str]) -> EditRow:
         world, old = self.world, self.world.people[name][about]
         draw = random.Random(f"{world.seed}/{name}/{about}/edit")
         country = world.country
@@ -83,7 +101,7 @@ class Subject:
         (prompt, *_), held_out = wordings(world, name, about)
         locality = {
             "subject": tuple(self.probe(name, other) for other in RELATIONS if (name, other) not in edited),
-            "neighbours": tuple(self.probe(one, about) for one in draw.sample(self.spared, NEAR)),
+            "neighbours": tuple(self.probe(one, about) for one in draw.sample(near, min(NEAR, len(near)))),
         }
         follows = {"one_hop": (Probe(country_of(name), (country[new],)),)} if about == "born_in" else {}
         return EditRow(f"{name}/{about}", prompt, new, name, (old,), (held_out,), locality, follows)
@@ -105,7 +123,7 @@ def subject(seed: int, people: int = 100, recipe: Mapping[str, Any] | None = Non
     """The world of editing of this seed and its model, found in the user's cache after the first time.
 
     Args:
-        people: how many there are; no edit is about a sixth of them.
+        people: how many there are; edits are about two of three.
         recipe: of the model (`expunge.world.models.Recipe`), where it is not `crossed.RECIPE`.
     """
     world = crossed(seed, people)
@@ -119,12 +137,28 @@ def made(
     edits: Sequence[EditRow],
     mode: Mode,
     seed: int,
-    keep: Callable[[Step], None] | None = None,
+    *,
+    done: Sequence[Step] = (),
+    memory: dict[str, Any] | None = None,
 ) -> list[Edited]:
-    """Edits carried out by an editor of the catalogue; `keep` is told of every one."""
+    """Edits carried out by an editor of the catalogue.
+
+    Args:
+        done: steps of a sequence that an earlier call made; it goes on behind them.
+        memory: what such calls work out once.
+    """
     part = get("methods", editor)
-    told = EditCase(case.model, {}, Training(seed=seed), edits=edits, corpus=case.corpus, prefixes=case.prefixes)
-    return carry_out(part, told, {**part.preset, **settings}, mode, keep=keep)
+    told = EditCase(
+        case.model,
+        {},
+        Training(seed=seed),
+        edits=edits,
+        corpus=case.corpus,
+        prefixes=case.prefixes,
+        demonstrations=case.demonstrations(),
+        memory={} if memory is None else memory,
+    )
+    return carry_out(part, told, {**part.preset, **settings}, mode, done=done)
 
 
 def measured(model: Any, before: LanguageModel, edits: Sequence[EditRow]) -> dict[str, float]:
