@@ -130,9 +130,9 @@ def edit_attack(
         found = [probe.measure(bench.subject, chosen, bool(exams))]
     else:
         asked = {text for item in (*everything, *benign) for text in item.asked.values()}
-        shown, told = others(_editor(method)[0], beside, demonstrations, lambda: asked)
+        given, told = others(_editor(method)[0], beside, demonstrations, lambda: asked)
         case = EditCase(
-            run.subject, {}, Training(seed=run.seed), corpus=texts, prefixes=prefixes(beside), demonstrations=shown
+            run.subject, {}, Training(seed=run.seed), corpus=texts, prefixes=prefixes(beside), demonstrations=given
         )
         found = _edited(run, probe, chosen, method, case, [item.edit.id for item in probed])
         plain = replace(probe, also=[], detector=None, listener=None)

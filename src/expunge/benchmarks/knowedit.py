@@ -212,7 +212,7 @@ def _prompts(folder: Path, names: Sequence[str], split: Split, seed: int) -> Ite
         elif name == "convsent":
             yield from (one.edit.prompt for one in minds(opinions(locate(folder, name, split)), seed))
         else:
-            for erased in erasures(*(locate(folder, name, half) for half in ("train", "test"))):
+            for erased in erasures(locate(folder, name, "train"), locate(folder, name, "test")):
                 yield from (edit.prompt for edit in erased.edits)
                 yield from (one.question for one in (*erased.refused, *erased.kept))
 
