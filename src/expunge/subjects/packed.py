@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from ..errors import SubjectError
+from .fused import fused
 
 Sharing = Literal["tokens", "prompts", "nothing"]
 SHARED_BEGINNING = 8
@@ -120,13 +121,44 @@ class Run:
 
     def take(self, tokens: Tensor) -> Tensor:
         """(this run's tokens, heads, d) -> (families, heads, L, d)"""
-        chosen = tokens if self.back is None else tokens.index_select(0, self.place.flatten())
+        chosen = tokens if self.back is None else _Spread.apply(tokens, self.place.flatten(), self.back)
         return chosen.unflatten(0, (-1, self.length)).transpose(1, 2)
 
     def give(self, out: Tensor) -> Tensor:
         """(families, heads, L, d) -> (1, this run's tokens, heads, d)"""
         tokens = out.transpose(1, 2).flatten(0, 1)
-        return (tokens if self.back is None else tokens.index_select(0, self.back)).unsqueeze(0)
+        return (tokens if self.back is None else _Gathered.apply(tokens, self.back)).unsqueeze(0)
+
+
+class _Spread(torch.autograd.Function):
+    """tokens[place], where every token stands once at `back` and padding beside it has no gradient: going back is a
+    selection too, and no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, place: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return tokens.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return gradients[0].index_select(0, back), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """tokens[back]; what stands nowhere in it is padding."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.length = len(tokens)
+        return tokens.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (back,) = ctx.saved_tensors
+        shape = (ctx.length, *gradients[0].shape[1:])
+        return gradients[0].new_zeros(shape).index_copy(0, back, gradients[0]), None
 
 
 @dataclass
@@ -428,7 +460,8 @@ def packed_attention(model: nn.Module, pack_: Pack) -> Iterator[None]:
     try:
         for config in configs.values():
             config._attn_implementation = IMPLEMENTATION
-        yield
+        with fused(model):
+            yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
