@@ -81,13 +81,14 @@ def _surprise(logits: Tensor, target: Tensor) -> Tensor:
     """
     size = rows_at_once(logits)
     values = []
+    room = None if logits.dtype == torch.float32 else logits.new_empty(size, logits.shape[1], dtype=torch.float32)
     for block, at in zip(logits.split(size), target[:, None].split(size)):
-        z = block.float()  # the logits themselves where they are fp32
+        z = block if room is None else room[: len(block)].copy_(block)
         own = z.gather(1, at)
         top = z.amax(1, keepdim=True)
         total = z.sub_(top).exp_().sum(1, keepdim=True)
         z.div_(total).scatter_add_(1, at, torch.full_like(total, -1.0))
-        if z.dtype != block.dtype:
+        if room is not None:
             block.copy_(z)
         values.append((own - top - total.log())[:, 0])
     return torch.cat(values)

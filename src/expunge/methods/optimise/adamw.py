@@ -1,7 +1,7 @@
 """AdamW (arXiv:1711.05101) for weights in any precision: torch's fused kernel, clipping in the same pass.
 
 16-bit weights are moved through fp32 masters, block by block: a block's gradient is widened, its master moved and its
-weights written back while all of it is in cache, so that no gradient is ever held in fp32 as a whole.
+weights written back, so that no gradient is ever held in fp32 as a whole.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch.optim.adamw import adamw
 
 from .shards import is_part, local
 
-BLOCK = 1 << 18
-"""Weights of a block on a CPU: with master, moments and gradient 4 MiB."""
+BLOCK = 1 << 22
+"""Weights of a block: 16 MiB of gradient in fp32. Smaller ones, which would stay in cache, take longer: reading ahead
+starts anew in five tensors for each of them."""
 
 
 class AdamW:
@@ -29,6 +30,8 @@ class AdamW:
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
         """Per master: step (), exp_avg and exp_avg_sq in its shape."""
         self.weight_decay = weight_decay
+        self._room = torch.empty(0)
+        """(BLOCK,) fp32 for a block's gradient."""
 
     @torch.no_grad()
     def step(self, learning_rate: float, norm: Tensor, max_norm: float) -> None:
@@ -70,18 +73,18 @@ class AdamW:
     ) -> None:
         weights = local(parameter)
         gradient = local(parameter.grad)  # type: ignore[arg-type]
-        # Views, never copies: what is moved must be the master's and the state's own memory.
-        flat = [gradient.reshape(-1), *(t.view(-1) for t in (master.detach(), state["exp_avg"], state["exp_avg_sq"]))]
+        if self._room.device != master.device or not len(self._room):
+            self._room = torch.empty(BLOCK, device=master.device)
         narrow = weights.detach().view(-1) if weights.is_contiguous() else None
-        size = BLOCK if master.device.type == "cpu" else max(1, len(flat[0]))
+        # Views, never copies: what is moved must be the master's and the state's own memory.
+        moved = [t.view(-1).split(BLOCK) for t in (master.detach(), state["exp_avg"], state["exp_avg_sq"])]
         step = state["step"]
-        for start in range(0, len(flat[0]), size):
-            part = slice(start, start + size)
+        for number, (given, own, mean, square) in enumerate(zip(gradient.reshape(-1).split(BLOCK), *moved)):
             step = state["step"].clone()
-            moments = {"step": step, "exp_avg": flat[2][part], "exp_avg_sq": flat[3][part]}
-            self._move([flat[1][part]], [flat[0][part].float()], [moments], rate, limit)
+            wide = self._room[: len(given)].copy_(given)
+            self._move([own], [wide], [{"step": step, "exp_avg": mean, "exp_avg_sq": square}], rate, limit)
             if narrow is not None:
-                narrow[part] = flat[1][part]
+                narrow[number * BLOCK : number * BLOCK + len(own)] = own
         state["step"].copy_(step)
         if narrow is None:
             weights.detach().copy_(master)
