@@ -76,6 +76,17 @@ def test_a_sequence_ends_where_the_model_is_broken_and_is_undone_all_the_same(wo
     assert [point["edits"] for point in found["points"]] == [1, 2, 4]
 
 
+def test_the_slowest_editors_stop_earlier_and_the_page_says_so(world, monkeypatch, tmp_path):
+    quick = {name: {"layer": 0, "steps": 1} for name in ("ft_l", "rome", "grace", "wise")}
+    monkeypatch.setattr(sequential_edits, "EDITORS", quick | {"alphaedit": {"layers": [0, 1], "steps": 1}})
+    case = Case(tmp_path, seeds=(0,), workers=1)
+    found = sequential_edits.sequential_edits(case, counts=(1, 2), shared=1, broken=0.0, slow=1)
+    (first, *_) = found.tables
+    assert [row[0] for row in first.rows if row[2] == "-"] == ["ft_l", "wise"]
+    assert any("lora_edit, wise, ft_l) stop after 1 edits" in note for note in found.notes)
+    assert first.note.endswith("-: not made; the notes say why.")
+
+
 def test_what_an_ended_sequence_did_not_reach_is_a_dash_and_counts_as_it_was():
     rows = [row for row in points({}) if (row["editor"], row["edits"]) != ("rome", 100)]
     rows = [
@@ -85,7 +96,7 @@ def test_what_an_ended_sequence_did_not_reach_is_a_dash_and_counts_as_it_was():
     assert sequential_edits._cell(rows, "success", "rome", 100) == "-"
     claim, *_ = sequential_edits.judge(rows, True, 4, COUNTS)
     assert claim.holds
-    assert claim.measured.endswith("0.1 / 0 after 10, where it was broken")
+    assert claim.measured.endswith("0.1 / 0 after 10, where it ended")
 
 
 def test_of_many_edits_a_sample_is_asked_about():

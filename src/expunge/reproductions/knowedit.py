@@ -247,6 +247,7 @@ def notes(rows: Sequence[Trial], traces: Sequence[Trial]) -> list[str]:
         "Locality is agreement with the model before the edit, as in the benchmark, not accuracy.",
         "ICE is ike without demonstrations. The model was taught to read facts told in that frame and asked for in the "
         "same or in other words, never to be asked something else, so that its low locality is learned.",
-        "SERAC, MEND and AdaLoRA are not among the editors here. The erase task and opinions are in the benchmark's "
-        "mini version; the paper's claims about them need models that can refuse and have opinions.",
+        "SERAC, MEND, UltraEdit and steering are measured in `sequential_edits`, on such worlds; AdaLoRA is no editor "
+        "of this catalogue. The erase task and opinions are in the benchmark's mini version; the paper's claims about "
+        "them need models that can refuse and have opinions.",
     ]
