@@ -90,7 +90,7 @@ def sequential_edits(
     shared: int = 10,
     people: int = 375,
     broken: float = 0.2,
-    slow: int = 300,
+    slow: int = 100,
 ) -> Findings:
     """Success, locality and what is left of the rest over 1 to 1000 edits, by every editor; undone to the last bit.
 
