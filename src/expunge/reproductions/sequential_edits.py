@@ -82,7 +82,7 @@ def trial(
     return {"points": points, "restored": restored}
 
 
-@reproduction(paper="arXiv:2401.07453", cost="30 min on one core, and 20 once for the models of the worlds")
+@reproduction(paper="arXiv:2401.07453", cost="25 min on one core, and 26 once for the models of the worlds")
 def sequential_edits(
     case: Case,
     *,
