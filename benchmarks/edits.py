@@ -170,6 +170,7 @@ def peer(checkout: Path, model: Any, before: list[str]) -> Callable[[list[Any]],
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     torch.set_num_threads(arguments.threads)
     model, edits = subject(), facts()
@@ -189,8 +190,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 found[1](base)
             if number:
                 seconds[name].append(took)
+    with FlopCounterMode(display=False) as counter:
+        sides["ours"](edits[:1])
     result: dict[str, Any] = {
         "threads": arguments.threads,
+        "GFLOP": counter.get_total_flops() / 1e9,
         "wall": {name: statistics.median(wall for wall, _ in several) for name, several in seconds.items()},
         "cpu": {name: statistics.median(cpu for _, cpu in several) for name, several in seconds.items()},
         "batch": {},
@@ -225,6 +229,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = measure(arguments)
+    print(f"products, ours: {found['GFLOP']:.1f} GFLOP an edit")
     for kind in ("wall", "cpu"):
         for name, value in found[kind].items():
             print(f"{kind} time, {name}: {value:.3f} s per edit")

@@ -190,22 +190,36 @@ class Tails:
         places = [i * self.rest + place - at[i] for i, several in enumerate(read) for place in several]
         self.read = torch.tensor(places, dtype=torch.long, device=subject.device)
         ids = padded(texts, subject.device)
-        seen, handles = _watched(subject, [layer])
-        cache = DynamicCache()
-        with torch.no_grad(), hooked(handles):
-            clean = subject.decoder(input_ids=ids, use_cache=True, **{cache_name(subject.decoder): cache})
+        self.spared = self._places()
+        every = [i * ids.shape[1] + place for i, several in enumerate(read) for place in several]
+        clean, cache, seen = self._read(ids, torch.tensor(every, dtype=torch.long, device=subject.device))
         self.looked = _looked(seen, len(texts), at)
         # (n, rest) where each tail's tokens stand in its text; behind its end the last one again.
         steps = torch.tensor(self.at, device=subject.device)[:, None] + torch.arange(self.rest, device=subject.device)
         self.columns = steps.clamp_max(ids.shape[1] - 1)
         self.lines = torch.arange(len(texts), device=subject.device)[:, None]
-        self.clean = self._wanted(clean.last_hidden_state[self.lines, self.columns])
+        self.clean = self._wanted(clean[self.lines, self.columns])
         """(states read, d) as they are."""
         self.stream = seen["streams"][layer][self.lines, self.columns]
         self._pass: Callable[..., Tensor] = self._whole
         if self._can_cut(cache):
             self._cut(cache)
             self._pass = self._first
+
+    def _read(self, ids: Tensor, read: Tensor) -> tuple[Tensor, DynamicCache, Seen]:
+        """Final states, right at the tokens `read` of all that are fed; keys and values; what the layer shows."""
+
+        def run(spared: list[Any]) -> tuple[Tensor, DynamicCache, Seen]:
+            seen, handles = _watched(self.subject, [self.layer])
+            cache = DynamicCache()
+            more = {"use_cache": True, cache_name(self.subject.decoder): cache}
+            with torch.no_grad(), hooked([*handles, *spared]):
+                return self.subject.decoder(input_ids=ids, **more).last_hidden_state, cache, seen
+
+        try:
+            return run(self._sparing(read))
+        except Exception:  # any failure means that this model's last MLP does not run on some tokens alone
+            return run([])
 
     def states(self, change: Tensor) -> Tensor:
         """(states read, d) where `change` (n, d) is added to what the MLP gives at each text's token."""
@@ -215,7 +229,7 @@ class Tails:
         """The first pass proves tails on this model: without a change their states are those of the whole pass."""
         self._pass = self._whole
         try:
-            self.calls, self.spared = self._recorded(), self._places()
+            self.calls = self._recorded()
             found = self._tail(change)
             with torch.no_grad():
                 still = self._tail(torch.zeros_like(change)) if bool(change.any()) else found
@@ -294,7 +308,7 @@ class Tails:
             every: the last MLP too runs on every token.
         """
         stream = torch.cat([self.stream[:, :1] + change.to(self.stream.dtype)[:, None], self.stream[:, 1:]], 1)
-        with hooked([] if every else self._sparing()):
+        with hooked([] if every else self._sparing(self.read)):
             for block, arguments, named in self.calls:
                 stream = _plain(block(stream, *arguments, **named))
         states = self._wanted(stream)
@@ -346,17 +360,20 @@ class Tails:
 
         return owners((*block.mlp_in, *block.mlp_gate)), owners(block.mlp_out)
 
-    def _sparing(self) -> list[Any]:
-        """Hooks under which the last MLP runs only on the states that are read."""
-        shape: list[torch.Size] = []  # some MLPs see tokens of all rows in one axis
+    def _sparing(self, read: Tensor) -> list[Any]:
+        """Hooks under which the last MLP runs only on some tokens of all that are fed."""
+        given: list[Tensor] = []  # some MLPs see tokens of all rows in one axis; gate and up are given one tensor
+        gathered: list[Tensor] = []
 
         def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            shape[:] = [arguments[0].shape[:-1]]
-            return (arguments[0].reshape(-1, arguments[0].shape[-1])[self.read], *arguments[1:])
+            if not given or given[0] is not arguments[0]:
+                given[:] = [arguments[0]]
+                gathered[:] = [arguments[0].reshape(-1, arguments[0].shape[-1])[read]]
+            return (gathered[0], *arguments[1:])
 
         def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            whole = output.new_zeros(self.columns.numel(), output.shape[-1])
-            return whole.index_copy(0, self.read, output).view(*shape[0], -1)
+            whole = output.new_zeros(given[0].shape[:-1].numel(), output.shape[-1])
+            return whole.index_copy(0, read, output).view(*given[0].shape[:-1], -1)
 
         into, out = self.spared
         handles = [module.register_forward_pre_hook(gather) for module in into]

@@ -121,7 +121,7 @@ def _imitation(
                 f"probability of {probability:.2f} only; it has nothing to imitate and is learned by its likelihood"
             )
     taught = torch.tensor([float(p >= least) for p in known], device=group.device)
-    owner = torch.tensor(group.owner, device=group.device)
+    owner = group.fact
     # Means over the texts of each fact; prompts of a fact whose teacher does not know it count for naught.
     share = 1 / torch.bincount(owner).float()[owner]
     share[:asked] *= taught[owner[:asked]]

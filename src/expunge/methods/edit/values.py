@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -236,22 +237,34 @@ class Together:
     def device(self) -> torch.device:
         return self.subject.device
 
+    @cached_property
+    def fact(self) -> Tensor:
+        """(texts,) the fact of each."""
+        return torch.tensor(self.owner, device=self.device)
+
+    @cached_property
+    def length(self) -> Tensor:
+        """(contexts,) target tokens of each."""
+        return torch.bincount(self.text)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(T,) what a target token counts in the mean over its fact's contexts of their means over tokens."""
+        contexts = torch.tensor([len(fact.lookups) for fact in self.facts], device=self.device)
+        return 1 / (self.length * contexts[self.fact[: len(self.length)]])[self.text]
+
     def of_facts(self, texts: Tensor) -> Tensor:
         """(texts,) to (n,): sums over the texts of each fact."""
-        owner = torch.tensor(self.owner[: len(texts)], device=self.device)
-        return torch.zeros(len(self.facts), device=self.device, dtype=texts.dtype).index_add(0, owner, texts)
+        return texts.new_zeros(len(self.facts)).index_add(0, self.fact[: len(texts)], texts)
 
     def of_texts(self, tokens: Tensor) -> Tensor:
         """(T,) to (contexts,): the mean over the target tokens of each context."""
-        length = torch.bincount(self.text)
-        sums = torch.zeros(len(length), device=self.device, dtype=tokens.dtype).index_add(0, self.text, tokens)
-        return sums / length
+        return tokens.new_zeros(len(self.length)).index_add(0, self.text, tokens) / self.length
 
     def nll(self, logprobs: Tensor) -> Tensor:
         """(n,) negative log-likelihood of the target from (T, V): mean over contexts of means over tokens."""
-        each = self.of_texts(-logprobs.gather(1, self.target[:, None])[:, 0])
-        counts = [len(fact.lookups) for fact in self.facts]
-        return self.of_facts(each) / torch.tensor(counts, device=self.device)
+        said = logprobs.gather(1, self.target[:, None])[:, 0]
+        return said.new_zeros(len(self.facts)).index_add(0, self.fact[self.text], -self.weight * said)
 
 
 Goal = Callable[[Together], Callable[[Tensor], Tensor]]
@@ -264,11 +277,10 @@ def published(group: Together) -> Callable[[Tensor], Tensor]:
     count = len(group.target)
     described = group.owner[int(group.text.max()) + 1 :]
     original = subject.head(tails.clean[count:]).float().log_softmax(-1).detach() if described else None
-    rows = torch.tensor(group.owner, device=group.device)
     at = torch.tensor(described, device=group.device, dtype=torch.long)
 
     def losses(delta: Tensor) -> Tensor:
-        logprobs = subject.head(tails.states(delta[rows])).float().log_softmax(-1)
+        logprobs = subject.head(tails.states(delta[group.fact])).float().log_softmax(-1)
         said, is_a = logprobs.split([count, len(described)])
         total = group.nll(said)
         if original is not None:
@@ -343,7 +355,7 @@ def _descend(losses: Any, delta: Tensor, size: Tensor, settings: Settings) -> tu
     steps = torch.zeros(len(delta), dtype=torch.long)
     for step in range(1, settings.steps + 1):
         delta.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(step < settings.steps):  # nothing moves after the last one
             each = losses(delta)
         end = each.detach()
         start = end if step == 1 else start
