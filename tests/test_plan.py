@@ -57,7 +57,7 @@ def test_flops_of_a_pass_are_those_of_the_counter(architecture: str) -> None:
         model.set_experts_implementation("eager")  # the counter knows no products over groups of experts
     model.set_attn_implementation("eager")
     shape = structure(model, resolve("all", model))
-    fed = Pass(40, 40 * 40, (40,))
+    fed = Pass(40, 40 * 40, (40,), 40)
     with counting() as forward:
         logits = model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
     with counting() as backward:

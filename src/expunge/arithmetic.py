@@ -38,7 +38,7 @@ def fed(sides: Sequence[Sequence[Encoded]]) -> Pass:
     packed = pack([row for rows in sides for row in rows])
     lengths = [(f.stop - f.start, packed.beginning if f.start >= packed.beginning else 0) for f in packed.families]
     pairs = sum(length * (length + shared) for length, shared in lengths)
-    return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides))
+    return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides), len(packed.read))
 
 
 def step_flops(shape: Shape, setup: Setup, training: Training, rows: Mapping[str, Sequence[Encoded]]) -> float:
@@ -56,7 +56,7 @@ def step_flops(shape: Shape, setup: Setup, training: Training, rows: Mapping[str
         flops += times * (shape.forward(one) + shape.backward(one))
         if one.tokens > training.micro_tokens or processes.count() > 1:
             # A step too large for one pass, or shared out, runs its decoder twice.
-            flops += times * shape.forward(Pass(one.tokens, one.pairs, ()))
+            flops += times * shape.forward(replace(one, answers=()))
     # Divergences from the start model run that model's head too.
     frozen = [side for side in rows if f"{side}.reference_hidden" in setup.needs]
     return flops + 2.0 * shape.head * sum(row.scored for side in frozen for row in rows[side])
@@ -68,7 +68,7 @@ def _adversary(shape: Shape, case: Preparation, forget: Sequence[Sequence[Encode
         return 0.0
     block, steps = case.adversary
     still = tuple(replace(m, moves=0.0) for m in shape.matrices)
-    attacked = replace(shape.whole, matrices=still, first=(block + 1, 0), head_moves=False)
+    attacked = replace(shape.whole, matrices=still, first=(block + 1, 0), head_moves=False, spares=shape.spares)
     one = fed(forget)
     return steps * (attacked.forward(one) + attacked.backward(one))
 
@@ -85,7 +85,7 @@ def needs_flops(shape: Shape, needs: set[str], drawn: Drawn) -> float:
         for group in batches(rows, 4096):
             one = fed([[rows[i] for i in group]])
             headless = quantity in ("layers", "reference_hidden")
-            flops += reach.forward(Pass(one.tokens, one.pairs, ()) if headless else one)
+            flops += reach.forward(replace(one, answers=()) if headless else one)
     return flops
 
 

@@ -53,6 +53,8 @@ class Pass:
     """Query-key pairs of the attention; masked ones count, as they do in torch's counter."""
     answers: tuple[int, ...]
     """Answer tokens of every side."""
+    read: int
+    """Tokens whose final state is read."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,20 @@ class Structure:
     """Block that passes start at."""
     exit: int | None = None
     """Block that passes end after; None where they run through all blocks and the head."""
+    spares: bool = False
+    """The MLP of the last block takes only tokens that are read."""
 
     def reaching(self, taps: Taps) -> Structure:
         """As far as passes run that hand out `taps`."""
-        return self if taps.final else replace(self, exit=max((*taps.layers, *taps.routers)))
+        exit = None if taps.final else max((*taps.layers, *taps.routers))
+        last = self.blocks - 1 if exit is None else exit
+        everywhere = last in taps.layers and taps.positions == "all"
+        return replace(self, exit=exit, spares=self.spares and not everywhere)
 
     @property
     def whole(self) -> Structure:
         """Passes through everything."""
-        return replace(self, entry=0, exit=None)
+        return replace(self, entry=0, exit=None, spares=False)
 
     @property
     def run(self) -> range:
@@ -108,19 +115,26 @@ class Structure:
 
     def forward(self, fed: Pass) -> float:
         """FLOPs of one pass without gradients, the head on answer tokens only."""
-        per_token = sum(2 * (m.size + m.adapter) for m in self.met)
+        products = sum(2 * (m.size + m.adapter) * self._tokens(m, fed) for m in self.met)
         attention = 4 * self.attention * fed.pairs * len(self.run)
-        return per_token * fed.tokens + attention + 2 * self.head * sum(self._answers(fed))
+        return products + attention + 2 * self.head * sum(self._answers(fed))
 
     def backward(self, fed: Pass) -> float:
         """FLOPs of the backward pass, with logits that are computed again."""
-        per_token = sum(2 * m.size * (m.moves + self.after(*m.at)) + 4 * m.adapter for m in self.met)
+        products = sum(
+            (2 * m.size * (m.moves + self.after(*m.at)) + 4 * m.adapter) * self._tokens(m, fed) for m in self.met
+        )
         # Five products where forward has two: the CPU and CUDA kernels compute the scores again.
         attention = 10 * self.attention * fed.pairs * sum(self.after(block, 1) for block in self.run)
         per_answer = 2 * self.head * (self.head_moves + self.after(self.blocks, 1))
         answers = self._answers(fed)
         again = sum(2 * self.head * n for n in answers if n * self.vocabulary > KEEP_ELEMENTS)
-        return per_token * fed.tokens + attention + per_answer * sum(answers) + again
+        return products + attention + per_answer * sum(answers) + again
+
+    def _tokens(self, matrix: Matrix, fed: Pass) -> int:
+        """Tokens that a matrix meets in a pass."""
+        last = matrix.at[0] == self.run[-1] and matrix.role in ("mlp_in", "mlp_gate", "mlp_out")
+        return fed.read if self.spares and last else fed.tokens
 
     def _answers(self, fed: Pass) -> tuple[int, ...]:
         """Answer tokens of every side that logits are computed for."""
@@ -175,7 +189,7 @@ class Traced:
 def shape_of(subject: Any, resolved: Resolved) -> Structure | Traced:
     """What a subject's costs follow from: a decoder's matrices, or one pass of any other model over its example."""
     if not hasattr(subject, "example"):
-        return structure(subject.model, resolved)
+        return replace(structure(subject.model, resolved), spares=subject.can_spare)
     from torch.utils.flop_counter import FlopCounterMode
 
     model = _moving(subject.model, resolved)
@@ -292,7 +306,7 @@ def kept(subject: LanguageModel, resolved: Resolved, rows: Sequence[Encoded]) ->
 
     packed = pack(rows, "meta")
     made = subject.with_model(model)
-    made._mode = "families"
+    made._mode, made._can_spare = "families", subject.can_spare
     # Products over groups of experts are only defined in 16 bits without weights.
     for dtype, factor in ((subject.dtype, 1), (torch.bfloat16, 2)):
         model.to(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def estimate(
     looked = setup.case.looked
     groups = [fed([[looked[i] for i in group]]) for group in batches(looked, 4096)]
     flops = {
-        "prepare": sum(shape.forward(Pass(one.tokens, one.pairs, ())) for one in groups),
+        "prepare": sum(shape.forward(replace(one, answers=())) for one in groups),
         "needs": needs_flops(shape, setup.needs, drawn),
         "steps": steps * _mean([step_flops(shape, setup, training, step) for step in sampled]),
         "guard": _checks(training, steps) * check_flops(shape, held_out),

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
+from .sparing import sparing
 from .token_statistics import token_statistics
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class BlockParts(NamedTuple):
     """Its router's matrix (a parameter); None in a dense block."""
     experts: str | None
     """The module that is called with the experts chosen; None in a dense block and where they are called otherwise."""
+    mlp: str | None
+    """The module that holds a dense block's MLP and nothing else."""
 
 
 class _Stop(Exception):
@@ -127,6 +130,7 @@ class LanguageModel:
         """Weights lie in parts over the processes of a launch (FSDP): every process must run every pass."""
         self._mode: str | None = None
         self._can_enter: bool | None = None
+        self._can_spare: bool | None = None
         self.cuts: dict[int, bool] = {}
         """What `contexts.can_cut` found, by length."""
         self._parts: list[BlockParts] | None = None
@@ -214,6 +218,7 @@ class LanguageModel:
         """The same subject around other weights."""
         made = LanguageModel(model, self.tokenizer, name or self.name, self.template)
         made._mode, made._can_enter, made._parts = self._mode, self._can_enter, self._parts
+        made._can_spare = self._can_spare
         made.cuts = self.cuts
         return made
 
@@ -448,10 +453,20 @@ class LanguageModel:
         if self.mode == "rows":
             parts = [self._row_reading(row, taps) for row in pack_.rows]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        with self._entering(entry), self.packing(pack_):
+        spared = self._sparing(pack_, taps)  # which may have to be tried out first, on all blocks
+        with self._entering(entry), self.packing(pack_), spared:
             read = self._reading(taps, lambda: self.run_decoder(pack_))
         places = pack_.every if taps.positions == "all" else pack_.predict
         return {name: values[pack_.predict if name == "final" else places] for name, values in read.items()}
+
+    def _sparing(self, pack_: Pack, taps: Taps) -> AbstractContextManager[None]:
+        """Within the block the MLP of the last block that runs takes only the tokens whose output anybody reads."""
+        last = len(self.blocks) - 1 if taps.final else max((*taps.layers, *taps.routers, *taps.chosen))
+        everywhere = last in taps.layers and taps.positions == "all"
+        mlp = self.blocks[last].mlp
+        if everywhere or len(pack_.read) == pack_.tokens or mlp is None or not self.can_spare:
+            return nullcontext()
+        return sparing(self.model.get_submodule(mlp), pack_.read)
 
     def _row_reading(self, row: Encoded, taps: Taps) -> dict[str, Tensor]:
         ids = torch.tensor([row.ids[:-1]], device=self.device)
@@ -540,6 +555,7 @@ class LanguageModel:
         if self._parts is None:
             from .anatomy import anatomy
             from .routing import caller
+            from .sparing import mlp_of
 
             shapes = {name: p.dim() for name, p in self.model.named_parameters()}
             self._parts = [
@@ -547,6 +563,7 @@ class LanguageModel:
                     block.name,
                     next((name for name in block.router if block.experts and shapes[name] == 2), None),
                     caller(self.model, block) if block.experts else None,
+                    mlp_of(block),
                 )
                 for block in anatomy(self.model).blocks
             ]
@@ -607,10 +624,21 @@ class LanguageModel:
             self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and _enters(self)
         return self._can_enter
 
+    @property
+    def can_spare(self) -> bool:
+        """Whether the last block's MLP may leave out tokens that nobody reads; tried once on a few rows, and taken for
+        granted in plans of models without weights."""
+        if self._can_spare is None and self.device.type == "meta":
+            return self.blocks[-1].mlp is not None
+        if self._can_spare is None:
+            self._can_spare = self.mode != "rows" and self.blocks[-1].mlp is not None and _spares(self)
+        return self._can_spare
+
     def settle(self) -> None:
         """Try out now what is otherwise tried when a pass first needs it."""
         if self.can_enter:
             _ = self._others
+        _ = self.can_spare
         _ = self.blocks, self.linear_head
 
     @torch.no_grad()
@@ -636,6 +664,7 @@ class LanguageModel:
         self._check_layer(layer)
         if self.mode == "rows":
             raise SubjectError(f"{self.name} takes no packed rows, so its activations cannot be perturbed")
+        self.settle()
 
         def shift(_: nn.Module, __: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -981,6 +1010,23 @@ def _enters(model: LanguageModel) -> bool:
         except Exception:  # any failure means that this model cannot be entered
             return False
     return bool((whole - entered).abs().max() <= 1e-5 * whole.abs().max())
+
+
+def _spares(model: LanguageModel) -> bool:
+    """Whether final states are the same where the last MLP takes only the tokens that are read."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, model.vocabulary, (3, 9), generator=generator).tolist()
+    pack_ = pack([Encoded(tuple(row), 6, 0, "") for row in ids], model.device)
+    module = model.model.get_submodule(str(model.blocks[-1].mlp))
+    with torch.no_grad():
+        whole = model.hidden_states(pack_).float()
+        try:
+            with model.packing(pack_), sparing(module, pack_.read):
+                spared = model.run_decoder(pack_)[pack_.predict].float()
+        except Exception:  # any failure means that this MLP must see all tokens
+            return False
+    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((whole - spared).abs().max() <= tolerance * whole.abs().max())
 
 
 @subject(modality=("language",))

@@ -127,7 +127,7 @@ class Run:
     def give(self, out: Tensor) -> Tensor:
         """(families, heads, L, d) -> (1, this run's tokens, heads, d)"""
         tokens = out.transpose(1, 2).flatten(0, 1)
-        return (tokens if self.back is None else _Gathered.apply(tokens, self.back)).unsqueeze(0)
+        return (tokens if self.back is None else Gathered.apply(tokens, self.back)).unsqueeze(0)
 
 
 class _Spread(torch.autograd.Function):
@@ -145,7 +145,7 @@ class _Spread(torch.autograd.Function):
         return gradients[0].index_select(0, back), None, None
 
 
-class _Gathered(torch.autograd.Function):
+class Gathered(torch.autograd.Function):
     """tokens[back]; what stands nowhere in it is padding."""
 
     @staticmethod
@@ -168,7 +168,8 @@ class Pack:
     `every` (P,) holds the packed position of each fed token of each row, row by row; rows that share tokens name one
     position. `owner[i]` is the (row, position in it) that packed token i was taken from.
     `predict[j]` is the packed position whose output predicts answer token j, `target[j]` that token, `row[j]` the row
-    it belongs to; answer tokens are ordered by row, then by position.
+    it belongs to; answer tokens are ordered by row, then by position. `read` (m,) are the positions in `predict`, each
+    once and in order.
     """
 
     ids: Tensor
@@ -178,6 +179,7 @@ class Pack:
     predict: Tensor
     target: Tensor
     row: Tensor
+    read: Tensor
     rows: list[Encoded]
     every: Tensor
     owner: list[tuple[int, int]]
@@ -310,6 +312,7 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu", *, sharing
         predict=tensor([position for row in predict for position in row]),
         target=tensor([token for row in rows for token in row.ids[row.start :]]),
         row=tensor([index for index, row in enumerate(rows) for _ in range(row.scored)]),
+        read=tensor(sorted({position for row in predict for position in row})),
         rows=list(rows),
         every=tensor([position for row in every for position in row]),
         owner=owner,

@@ -1,0 +1,51 @@
+"""The last MLP of a pass takes only the tokens that somebody reads.
+
+Objectives read the states that predict answers. Prompts are needed for their keys and values, but what the last block's
+MLP makes of them goes nowhere: in question-answer rows that is half of its work, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .anatomy import Block
+from .packed import Gathered
+
+
+def mlp_of(block: Block) -> str | None:
+    """The module that holds a block's dense MLP and nothing else; None where there is none."""
+    names = [name.split(".") for name in (*block.mlp_in, *block.mlp_gate, *block.mlp_out)]
+    if block.experts or not block.mlp_in or not block.mlp_out:
+        return None
+    alike = 0
+    while len({name[alike] for name in names}) == 1:
+        alike += 1
+    found = ".".join(names[0][:alike])
+    return found if found.startswith(block.name + ".") else None
+
+
+@contextmanager
+def sparing(mlp: nn.Module, read: Tensor) -> Iterator[None]:
+    """Within the block an MLP that is called with (1, tokens, d) runs on the tokens `read` (m,) alone; for others it
+    gives zero."""
+    tokens = 0
+
+    def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
+        nonlocal tokens
+        (states,) = arguments
+        tokens = states.shape[1]
+        return (Gathered.apply(states[0], read)[None],)
+
+    def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(tokens, output.shape[2]).index_copy(0, read, output[0])[None]
+
+    handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
