@@ -13,7 +13,7 @@ from expunge.errors import RowError, SubjectError
 from expunge.rows import Row
 from expunge.subjects import contexts, decoding
 from expunge.subjects.language import LanguageModel, Template, weights_fingerprint
-from expunge.subjects.packed import _tree, batches, pack
+from expunge.subjects.packed import Encoded, _tree, batches, pack
 from expunge.tables.scores import Scores
 
 QUESTIONS = [
@@ -60,6 +60,30 @@ def test_scores_equal_plain_forward_passes(subject):
         assert np.allclose(table.variance[at], (p * p.log() ** 2).sum(-1) - mean**2, rtol=1e-5, atol=1e-7)
         assert table.end[at].sum() == encoded.closing
     assert table.texts == [row.answer for row in rows()]
+
+
+def test_rows_look_along_their_own_paths_where_no_gradients_are_wanted(subject):
+    common = tuple(range(40, 50))
+    asked = [(*common, 1, 2), (*common, 3, 4, 5), (*common, 1, 2), (*common, 6)]
+    answers = [(7, 8, 9), (7, 8), (7, 1, 2, 3, 4), (5, 5, 5)]
+    rows_ = [Encoded((*a, *b), len(a), 0, "") for a, b in zip(asked, answers)]
+    rows_ += [Encoded((*asked[0], *b), len(asked[0]), 0, "") for b in ((7, 8, 1), (3,), (7, 1, 2, 8, 8, 8, 8), (2, 2))]
+    packed = pack(rows_, subject.device)
+    bundles, back = packed.paths
+    queries = torch.cat([bundle.queries.flatten() for bundle in bundles])
+    assert torch.equal(queries[back], torch.arange(packed.tokens))
+    assert sum(bundle.queries.numel() for bundle in bundles) < 1.5 * packed.tokens
+    paths = {tuple(at.tolist()) for at in packed.every.split([len(row.ids) - 1 for row in rows_])}
+    keys = [seen for bundle in bundles for seen in bundle.keys.tolist() for _ in range(bundle.queries.shape[1])]
+    for place in range(packed.tokens):
+        seen = tuple(keys[int(back[place])][: int(packed.positions[0, place]) + 1])
+        assert seen[-1] == place
+        assert any(path[: len(seen)] == seen for path in paths)
+    with torch.no_grad():
+        ours = subject.hidden_states(packed)
+    assert torch.allclose(ours, subject.hidden_states(packed).detach(), atol=2e-5)
+    plain_ = torch.cat([subject.plain_states(row) for row in rows_]).detach()
+    assert torch.allclose(ours, plain_, atol=2e-5)
 
 
 ALIKE = [
@@ -403,6 +427,59 @@ def test_rows_that_are_done_leave_and_the_others_go_on():
         assert before[0].startswith(after[0])
         assert ended or len(after[0]) == len(before[0])
     assert {ended for (ended,) in cut.stopped} == {True, False}
+
+
+def long_beginnings(subject):
+    """Prompts of several lengths that begin with a dozen tokens alike."""
+    common = list(range(5, 17))
+    return [[*common, *rest] for rest in ([20], [21, 30, 40, 41], [22, 22], [21, 30, 7, 8, 9])]
+
+
+def test_what_all_prompts_begin_with_is_held_once_and_changes_nothing(subject):
+    prompts = long_beginnings(subject)
+    started = subject.start(prompts, 8)
+    if contexts.shares_beginnings(subject):
+        assert started.contexts.before == 12
+        assert started.contexts.cache.layers[0].keys.shape[:3:2] == (4, 5)
+        started.keep(torch.tensor([0, 2, 1]))
+        assert started.contexts.cache.layers[0].keys.shape[:3:2] == (3, 4)
+    elif isinstance(started.contexts, contexts.Contexts):
+        started.keep(torch.tensor([0, 2, 1]))
+    else:
+        return
+    texts = [list(prompts[i]) for i in (0, 2, 1)]
+    for step in range(4):
+        logits = started.follow(torch.tensor([50 + step, 60, 70 + step]))
+        for text, token, found in zip(texts, (50 + step, 60, 70 + step), logits):
+            text.append(token)
+            with torch.no_grad():
+                expected = subject.model(input_ids=torch.tensor([text])).logits[0, -1]
+            assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_contexts_with_different_beginnings_join(subject):
+    if not contexts.can_cut(subject, 32):
+        return
+    first, other = long_beginnings(subject), [[*range(90, 99), *rest] for rest in ([1, 2, 3, 4, 5, 6, 7], [1], [5])]
+    started, more = subject.start(first, 4), subject.start(other, 4)
+    started.follow(torch.tensor([4, 5, 6, 7]))
+    assert started.join(more)
+    texts = [[*text, token] for text, token in zip(first, (4, 5, 6, 7))] + [list(text) for text in other]
+    for step in range(2):
+        tokens = [30 + step + i for i in range(len(texts))]
+        logits = started.follow(torch.tensor(tokens))
+        for text, token, found in zip(texts, tokens, logits):
+            text.append(token)
+            with torch.no_grad():
+                expected = subject.model(input_ids=torch.tensor([text])).logits[0, -1]
+            assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_samples_of_one_prompt_hold_it_once():
+    subject = LanguageModel(*tiny("llama"))
+    started = subject.start([list(range(3, 15))], 8, samples=5)
+    assert started.contexts.before == 11
+    assert started.contexts.cache.layers[0].keys.shape[:3:2] == (5, 1)
 
 
 @pytest.mark.parametrize("rows", [[0, 4, 2], [3, 3, 1], [4, 3, 2, 1, 0], slice(2), []])

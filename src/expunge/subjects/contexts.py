@@ -2,23 +2,27 @@
 
 One packed pass reads texts (no padding, common beginnings once) and keeps every block's keys and values. Beginnings of
 any lengths are cut from them so that all end in one column, and go on together, one token a step, in a buffer that
-grows by doubling. Models whose keys and values cannot be cut, or whose positions cannot be given, read beginnings of
-one length at a time (`Whole`); which it is, is tried once (`can_cut`).
+grows by doubling. What all of them begin with is kept, and looked at, once. Models whose keys and values cannot be cut,
+or whose positions cannot be given, read beginnings of one length at a time (`Whole`); which it is, is tried once
+(`can_cut`).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from ..errors import SubjectError
 from .language import TOKEN_BUDGET, LanguageModel, cache_name
-from .packed import Encoded, batches, pack
+from .packed import SHARED_BEGINNING, Encoded, attention_by, batches, configurations, pack
 
 Text = Sequence[int]
 Layers = list[tuple[Tensor, Tensor]]
@@ -31,6 +35,8 @@ SPARE = 32
 class Read:
     """Texts that were read."""
 
+    ids: Tensor
+    """(tokens,) what was fed."""
     states: Tensor
     """(tokens, d) final hidden states."""
     layers: Layers
@@ -50,7 +56,7 @@ def read(subject: LanguageModel, texts: Sequence[Text], *, keep: bool = True) ->
     # The last token of a row is not fed, so that a text is the prompt of a row with one token more.
     rows = [Encoded((*text, 0), len(text), 0, "") for text in texts]
     places: list[Tensor] = [torch.empty(0)] * len(texts)
-    states, parts = [], []
+    ids, states, parts = [], [], []
     before = 0
     for group in batches(rows, TOKEN_BUDGET):
         pack_ = pack([rows[i] for i in group], subject.device)
@@ -58,6 +64,7 @@ def read(subject: LanguageModel, texts: Sequence[Text], *, keep: bool = True) ->
         cache = DynamicCache() if keep else None
         with subject.packing(pack_):
             states.append(subject.run_decoder(pack_, cache))
+        ids.append(pack_.ids[0])
         parts.append([(layer.keys[0], layer.values[0]) for layer in cache.layers] if cache else [])
         for index, at in zip(group, pack_.every.split([len(texts[i]) for i in group])):
             places[index] = at + before
@@ -66,7 +73,7 @@ def read(subject: LanguageModel, texts: Sequence[Text], *, keep: bool = True) ->
         (torch.cat([keys for keys, _ in of], dim=1), torch.cat([values for _, values in of], dim=1))
         for of in zip(*parts)
     ]
-    return Read(torch.cat(states), layers, places)
+    return Read(torch.cat(ids), torch.cat(states), layers, places)
 
 
 def _read_padded(subject: LanguageModel, texts: Sequence[Text], keep: bool) -> Read:
@@ -81,7 +88,7 @@ def _read_padded(subject: LanguageModel, texts: Sequence[Text], keep: bool) -> R
         for layer in (cache.layers if cache else ())
     ]
     places = [torch.arange(len(text), device=subject.device) + i * width for i, text in enumerate(texts)]
-    return Read(states, layers, places)  # type: ignore[arg-type]
+    return Read(ids.flatten(), states, layers, places)  # type: ignore[arg-type]
 
 
 class Room(DynamicLayer):
@@ -114,6 +121,16 @@ class Room(DynamicLayer):
         self.used -= unused
         self._show()
 
+    def put(self, width: int, row: Tensor, column: Tensor, parts: tuple[Tensor, Tensor]) -> None:
+        """Stand at the end of so many columns, with keys and values (heads, n, d) at these places (rows, n) of each."""
+        for i, (part, new) in enumerate(zip(self.whole, parts)):
+            room = part.new_zeros(len(part), part.shape[1], width + SPARE, part.shape[3])
+            room[:, :, width - self.used : width] = part[:, :, : self.used]
+            room[row, :, column] = new.transpose(0, 1)
+            self.whole[i] = room
+        self.used = width
+        self._show()
+
     def join(self, other: Room, width: int) -> None:
         """Take in the rows of another; both then end at column `width`."""
         both = [self, other]
@@ -144,47 +161,164 @@ class Room(DynamicLayer):
 
 
 class Contexts:
-    """Beginnings of different lengths that end in one column, and go on together."""
+    """Beginnings of different lengths that end in one column, and go on together.
 
-    def __init__(self, layers: Layers, places: Sequence[Tensor]) -> None:
+    Where attention runs by our function (`_attend`), the tokens that all of them begin with stand in `shared` alone.
+    """
+
+    def __init__(self, subject: LanguageModel, found: Read, places: Sequence[Tensor]) -> None:
         """
         Args:
-            places: of each beginning's tokens among those of `layers`.
+            places: of each beginning's tokens among those of `found`.
         """
-        device = layers[0][0].device
-        self.lengths = torch.tensor([len(at) for at in places], device=device)
-        width = int(self.lengths.max())
-        column = torch.arange(width, device=device) - width + self.lengths[:, None]
-        self.seen = (column >= 0).long()
-        index = torch.zeros(len(places), width, dtype=torch.long, device=device)
-        index[self.seen.bool()] = torch.cat(list(places))
+        device = found.layers[0][0].device
+        ours = shares_beginnings(subject)
+        self.configs = configurations(subject.model) if ours else None
+        """Of the model, while our function can run its attention."""
+        first = _alike(found.ids, places) if ours else 0
+        self.shared = [(keys[:, places[0][:first]], values[:, places[0][:first]]) for keys, values in found.layers]
+        """Of every block (heads, n, width): what all rows begin with."""
+        self.before = first
+        """How many tokens that is."""
+        self.lengths = torch.tensor([len(at) - first for at in places], device=device)
+        """(rows,) columns that each row uses."""
+        self._look(int(self.lengths.max()))
+        index = torch.zeros(self.seen.shape, dtype=torch.long, device=device)
+        index[self.seen] = torch.cat([at[first:] for at in places])
         self.cache = DynamicCache()
-        self.cache.layers = [Room(*pair, index) for pair in layers]
+        self.cache.layers = [Room(*pair, index) for pair in found.layers]
+
+    def _look(self, width: int) -> None:
+        """Rows use the last of this many columns."""
+        column = torch.arange(width, device=self.lengths.device) - width + self.lengths[:, None]
+        self.seen = column >= 0
+        """(rows, columns) True where a row uses a column."""
+        self.ragged = bool(self.lengths.min() < width) if len(self.lengths) else False
+        """Some row does not use all columns."""
+        self.masks: dict[int | None, Tensor | None] = {}
 
     def keep(self, rows: Tensor | slice) -> None:
         """Drop all other rows, and the columns that none of these uses."""
         self.lengths = self.lengths[rows]
         unused = self.seen.shape[1] - int(self.lengths.max())
-        self.seen = self.seen[rows, unused:]
         for layer in self.cache.layers:
             layer.keep(rows, unused)
+        self._look(self.seen.shape[1] - unused)
 
     def join(self, other: Contexts) -> None:
         """Go on together with another's rows, which stand behind these."""
+        for one in (self, other):
+            one._part()
         width = max(self.seen.shape[1], other.seen.shape[1])
-        self.seen = torch.cat([nn.functional.pad(one.seen, (width - one.seen.shape[1], 0)) for one in (self, other)])
         self.lengths = torch.cat([self.lengths, other.lengths])
         for layer, more in zip(self.cache.layers, other.cache.layers):
             layer.join(more, width)
+        self._look(width)
+
+    def _part(self) -> None:
+        """Give every row what all begin with."""
+        if not self.before:
+            return
+        before, self.before = self.before, 0
+        own, self.lengths = self.lengths, self.lengths + before
+        self._look(self.seen.shape[1] + before)
+        width = self.seen.shape[1]
+        row, at = torch.meshgrid(*(torch.arange(n, device=own.device) for n in (len(own), before)), indexing="ij")
+        column = width - self.lengths[:, None] + at
+        for layer, shared in zip(self.cache.layers, self.shared):
+            layer.put(width, row, column, shared)
+        self.shared = [(keys[:, :0], values[:, :0]) for keys, values in self.shared]
 
     def feed(self, module: nn.Module, tokens: Tensor, **more: Any) -> Any:
         """What the module says of the next token (rows, 1), which is read from now on."""
-        self.seen = torch.cat([self.seen, torch.ones_like(tokens)], dim=1)
+        self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1])], dim=1)
+        self.masks = {}
         if "position_ids" in inspect.signature(module.forward).parameters:
-            more["position_ids"] = self.lengths[:, None]
+            more["position_ids"] = self.lengths[:, None] + self.before
         self.lengths = self.lengths + 1
-        more |= {"attention_mask": self.seen, cache_name(module): self.cache}
-        return module(input_ids=tokens, use_cache=True, **more)
+        more |= {"attention_mask": None if self.configs else self.seen.long(), cache_name(module): self.cache}
+        _going.append(self)
+        try:
+            with attention_by(self.configs, IMPLEMENTATION) if self.configs else nullcontext():
+                return module(input_ids=tokens, use_cache=True, **more)
+        finally:
+            _going.pop()
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(rows or 1, 1, 1, all columns) True where the last token may not look; None where it may look anywhere."""
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)
+        return self.masks[window]
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        columns = self.seen.shape[1]
+        if not self.ragged and (window is None or window >= self.before + columns):
+            return None
+        reach = self.before + columns if window is None else window
+        # The last token stands at position before + lengths - 1, and in the last column.
+        ago = self.before + self.lengths[:, None] - 1 - torch.arange(self.before, device=self.seen.device)
+        own = torch.arange(columns - 1, -1, -1, device=self.seen.device)
+        return torch.cat([ago >= reach, ~self.seen | (own >= reach)], dim=1)[:, None, None]
+
+
+def _alike(ids: Tensor, places: Sequence[Tensor]) -> int:
+    """How many tokens all of several beginnings have in common, their last ones left out; 0 where that is not many."""
+    shortest = min(map(len, places)) - 1
+    if len(places) < 2 or shortest < SHARED_BEGINNING:
+        return 0
+    rows = ids[torch.stack([at[:shortest] for at in places])]
+    common = int((rows == rows[0]).all(0).long().cumprod(0).sum())
+    return common if common >= SHARED_BEGINNING else 0
+
+
+IMPLEMENTATION = "expunge_contexts"
+_going: list[Contexts] = []
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer for the last token of every row.
+
+    query (rows, heads, 1, d), key and value (rows, groups of heads, columns, d); returns (rows, 1, heads, d).
+    """
+    if s_aux is not None or position_bias is not None:
+        raise SubjectError("this model's attention has sinks or biases; its contexts cannot go on together")
+    contexts = _going[-1]
+    keys, values = contexts.shared[module.layer_idx]
+    rows, groups = key.shape[:2]
+    q = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    q = q.reshape(rows, groups, -1, q.shape[-1])
+    scores = q @ key.mT
+    if contexts.before:
+        # What all rows look at takes one product instead of one for every row.
+        first = q.transpose(0, 1).flatten(1, 2) @ keys.mT
+        scores = torch.cat([first.unflatten(1, (rows, -1)).transpose(0, 1), scores], dim=-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = contexts.mask(sliding_window)
+    if mask is not None:
+        scores = scores.masked_fill(mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    out = weights[..., contexts.before :] @ value
+    if contexts.before:
+        first = weights[..., : contexts.before].transpose(0, 1).flatten(1, 2) @ values
+        out = out + first.unflatten(1, (rows, -1)).transpose(0, 1)
+    return out.flatten(1, 2).unsqueeze(1), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
 class Whole:
@@ -211,8 +345,19 @@ def can_cut(subject: LanguageModel, length: int) -> bool:
     length = 1 << max(length - 1, 15).bit_length()
     length = min(length, subject.context_length)
     if length not in subject.cuts:
-        subject.cuts[length] = _try(subject, length)
-    return subject.cuts[length]
+        # By our attention first. Caches of latent keys and values do not hold what attention is given.
+        for way in ("shared", "apart") if shares_beginnings(subject) else ("apart",):
+            subject.cuts[length] = way
+            if _try(subject, length):
+                break
+        else:
+            subject.cuts[length] = ""
+    return bool(subject.cuts[length])
+
+
+def shares_beginnings(subject: LanguageModel) -> bool:
+    """Whether our function runs the attention of contexts."""
+    return subject.mode == "families" and "apart" not in subject.cuts.values()
 
 
 @torch.no_grad()
@@ -222,7 +367,7 @@ def _try(subject: LanguageModel, length: int) -> bool:
     starts = [length // 3, length - 3]
     try:
         found = read(subject, [text[:at] for at in starts])
-        contexts = Contexts(found.layers, found.places)
+        contexts = Contexts(subject, found, found.places)
         for step in range(2):
             tokens = torch.tensor([[text[at + step]] for at in starts], device=subject.device)
             states = contexts.feed(subject.decoder, tokens).last_hidden_state[:, -1]

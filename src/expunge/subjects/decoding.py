@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contexts import Contexts, Read, Whole, can_cut, read
+from .contexts import Contexts, Read, Whole, can_cut, read, shares_beginnings
 from .language import TOKEN_BUDGET, LanguageModel
+from .packed import common_beginning
 
-CACHE_BYTES = 1 << 29
+CACHE_BYTES = 1 << 31
 """Keys and values held at once on a CPU; an accelerator may give a quarter of what it has free."""
 DONE = 8
 """Rows that are done leave when they are one in so many."""
@@ -38,12 +39,14 @@ def groups(
         return []
     cut = can_cut(subject, len(prompts[order[-1]]) + limit)
     tokens = _cache_bytes(subject) // _token_bytes(subject) if cut else TOKEN_BUDGET * 4
+    # What all prompts begin with is held once.
+    shared = common_beginning([tuple(prompt) for prompt in prompts]) if cut and shares_beginnings(subject) else 0
     largest = -(-len(prompts) // shares)
     found: list[list[int]] = []
     for _, alike in groupby(order, lambda i: cut or len(prompts[i])):
         group: list[int] = []
         for index in alike:
-            size = (len(group) + 1) * samples * (len(prompts[index]) + limit)
+            size = (len(group) + 1) * samples * (len(prompts[index]) - shared + limit)
             if group and (size > tokens or len(group) == largest):
                 found.append(group)
                 group = []
@@ -116,7 +119,7 @@ def start(
         if look:
             look(found)
         last = torch.stack([at[-1] for at in found.places])
-        contexts = Contexts(found.layers, [found.places[i] for i in lines.tolist()])
+        contexts = Contexts(subject, found, [found.places[i] for i in lines.tolist()])
         return Started(subject, contexts, subject.head(found.states[last])[lines])
     whole = Whole(subject)
     ids = torch.tensor([list(prompt) for prompt in prompts], device=subject.device)

@@ -105,7 +105,7 @@ def _write(
         group = list(alike)
         for batch in (group[first : first + size] for first in range(0, len(group), size)):
             places = [found.places[miss.row][: miss.at] for miss in batch]
-            start = Contexts(found.layers, places) if cut else Whole(subject)
+            start = Contexts(subject, found, places) if cut else Whole(subject)
             feed = [[*(() if cut else texts[miss.row][: miss.at]), miss.choice] for miss in batch]
             yield from zip(batch, _continue(subject, start, feed, [miss.steps for miss in batch]))
 

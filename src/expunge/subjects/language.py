@@ -131,8 +131,8 @@ class LanguageModel:
         self._mode: str | None = None
         self._can_enter: bool | None = None
         self._can_spare: bool | None = None
-        self.cuts: dict[int, bool] = {}
-        """What `contexts.can_cut` found, by length."""
+        self.cuts: dict[int, str] = {}
+        """What `contexts.can_cut` found, by length: beginnings are shared, stand apart, or cannot be cut ("")."""
         self._parts: list[BlockParts] | None = None
 
     # --- loading, saving, identity ---------------------------------------------------------------------------

@@ -14,6 +14,8 @@ Three ways of telling a model so, tried in this order and kept when a packed pas
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ from .fused import fused
 Sharing = Literal["tokens", "prompts", "nothing"]
 SHARED_BEGINNING = 8
 """Fewer common tokens than this are not worth a family of their own."""
+ALIKE = 4 / 3
+"""Lengths that differ by this factor at most go through attention together."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,22 @@ class Gathered(torch.autograd.Function):
         return gradients[0].new_zeros(shape).index_copy(0, back, gradients[0]), None
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """Rows that go through attention together where no gradients are wanted: each looks along its own path.
+
+    A row's path holds its tokens by their positions, whichever row they were taken from. What it owns are the last
+    tokens of its path, and nothing is computed for any others.
+    """
+
+    queries: Tensor
+    """(rows, L) packed places of what rows own; place 0 fills the end of shorter ones."""
+    keys: Tensor
+    """(rows, K) packed places of paths; place 0 fills the end of shorter ones."""
+    causal: bool
+    """Every row owns its whole path."""
+
+
 @dataclass
 class Pack:
     """Rows laid end to end.
@@ -197,6 +217,53 @@ class Pack:
             else:
                 groups.append([family])
         return [Run.of(group, self.ids.device) for group in groups]
+
+    @cached_property
+    def paths(self) -> tuple[list[Bundle], Tensor]:
+        """Bundles of rows, and (tokens,) where each packed token stands among their queries, laid end to end."""
+        owned = Counter(row for row, _ in self.owner)
+        lengths = [len(row.ids) - 1 for row in self.rows]
+        path = self.every.split(lengths)
+
+        def kind(row: int) -> tuple[int, int]:
+            return int(math.log(owned[row], ALIKE)), lengths[row]
+
+        bundles: list[list[int]] = []
+        for row in sorted(owned, key=kind):
+            first = bundles[-1][0] if bundles else None
+            if first is None or kind(row)[0] != kind(first)[0] or lengths[row] > ALIKE * lengths[first]:
+                bundles.append([])
+            bundles[-1].append(row)
+        made, places, flat = [], [], []
+        before = 0
+        for rows in bundles:
+            own = [path[row][lengths[row] - owned[row] :] for row in rows]
+            queries = nn.utils.rnn.pad_sequence(own, batch_first=True)
+            keys = nn.utils.rnn.pad_sequence([path[row] for row in rows], batch_first=True)
+            made.append(Bundle(queries, keys, all(owned[row] == lengths[row] for row in rows)))
+            places += own
+            for number, row in enumerate(rows):
+                first = before + number * queries.shape[1]
+                flat += range(first, first + owned[row])
+            before += queries.numel()
+        back = torch.empty_like(self.ids[0])
+        back[torch.cat(places)] = torch.tensor(flat, device=back.device)
+        return made, back
+
+    def path_mask(self, bundle: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(rows, 1, queries, keys) to be added to scores; None for plain causal attention."""
+        if ("path", bundle, window) not in self.masks:
+            self.masks["path", bundle, window] = self._path_mask(self.paths[0][bundle], window, dtype)
+        return self.masks["path", bundle, window]
+
+    def _path_mask(self, bundle: Bundle, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        width = bundle.keys.shape[1]
+        if bundle.causal and (window is None or window >= width):
+            return None
+        # A path's tokens stand where their positions say.
+        ahead = torch.arange(width, device=bundle.keys.device) - self.positions[0, bundle.queries][:, None, :, None]
+        hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
     @cached_property
     def distinct(self) -> tuple[Tensor, Tensor]:
@@ -254,20 +321,26 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu", *, sharing
     for index, row in enumerate(rows):
         alike.setdefault((index,) if sharing == "nothing" else row.ids[: row.start], []).append(index)
     groups = [(rows[members[0]].ids[: rows[members[0]].start], members) for members in alike.values()]
-    beginning = _common_beginning([prompt for prompt, _ in groups]) if sharing != "nothing" else 0
+    beginning = common_beginning([prompt for prompt, _ in groups]) if sharing != "nothing" else 0
     ids: list[int] = []
     positions: list[int] = []
     families: list[Family] = []
     owner: list[tuple[int, int]] = []
-    if beginning:
-        ids += groups[0][0][:beginning]
-        positions += range(beginning)
-        owner += ((0, at) for at in range(beginning))
-        families.append(Family(0, beginning))
     predict: list[list[int]] = [[] for _ in rows]
     every: list[list[int]] = [[] for _ in rows]
     grow = _tree if sharing == "tokens" else _apart
     trees = [grow([rows[i].ids[len(prompt) : -1] for i in members]) for prompt, members in groups]
+
+    def first(group: int) -> int:
+        """The row that a prompt is taken from: one that owns what comes right after it too."""
+        branches, members = trees[group][0], groups[group][1]
+        return members[branches[0].row if branches else 0]
+
+    if beginning:
+        ids += groups[0][0][:beginning]
+        positions += range(beginning)
+        owner += ((first(0), at) for at in range(beginning))
+        families.append(Family(0, beginning))
 
     def length(group: int) -> int:
         return len(groups[group][0]) - beginning + sum(branch.stop - branch.start for branch in trees[group][0])
@@ -279,7 +352,7 @@ def pack(rows: Sequence[Encoded], device: torch.device | str = "cpu", *, sharing
         start = len(ids)
         ids += prompt[beginning:]
         positions += range(beginning, len(prompt))
-        owner += ((members[0], at) for at in range(beginning, len(prompt)))
+        owner += ((first(group), at) for at in range(beginning, len(prompt)))
         number = [0] * (len(prompt) - beginning)
         last = len(ids) - 1
         paths = [[last]]
@@ -362,7 +435,8 @@ def _apart(continuations: Sequence[tuple[int, ...]]) -> tuple[list[_Branch], lis
     return branches, [numbers.get(row, 0) for row in range(len(continuations))]
 
 
-def _common_beginning(prompts: list[tuple[int, ...]]) -> int:
+def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts have in common, their last ones left out; 0 where that is not many."""
     if len(prompts) < 2:
         return 0
     low, high = min(prompts), max(prompts)
@@ -428,6 +502,8 @@ def _attend(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if not torch.is_grad_enabled():
+        return _along_paths(pack_, query, key, value, scaling, sliding_window, softcap), None
     outputs = []
     # Split once: the gradient of slices would be a whole tensor of zeros for every one of them.
     sizes = [run.stop - run.start for run in pack_.runs]
@@ -452,6 +528,42 @@ def _attend(
     return torch.cat(outputs, dim=1).to(dtype), None
 
 
+def _along_paths(
+    pack_: Pack,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """As `_attend`, where nothing has to be sent back: every row looks along its own path and at nothing else."""
+    bundles, back = pack_.paths
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    outputs = []
+    for number, bundle in enumerate(bundles):
+        own, *seen = (
+            part.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
+            for part, at in ((q, bundle.queries), (k, bundle.keys), (v, bundle.keys))
+        )
+        out = attention(own, *seen, pack_.path_mask(number, window, query.dtype), scaling, softcap)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, back).unsqueeze(0)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """(rows, heads, queries, d) of (rows, heads, ..., d) each; a mask is added to scores, without one it is causal."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = scores.new_full(scores.shape[-2:], float("-inf")).triu(1)
+    return (scores + mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
 AttentionInterface.register(IMPLEMENTATION, _attend)
 
 
@@ -461,15 +573,28 @@ def packed_attention(model: nn.Module, pack_: Pack) -> Iterator[None]:
 
     Keep it open until backward is done where activations are recomputed.
     """
-    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
-    before = {key: getattr(config, "_attn_implementation", None) for key, config in configs.items()}
     _active.append(pack_)
     try:
-        for config in configs.values():
-            config._attn_implementation = IMPLEMENTATION
-        with fused(model):
+        with attention_by(configurations(model), IMPLEMENTATION), fused(model):
             yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
         _active.pop()
+
+
+def configurations(model: nn.Module) -> list[Any]:
+    """Those that the modules of a model look at."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if config is not None}.values())
+
+
+@contextmanager
+def attention_by(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """Within the block modules with these configurations call the attention function of this name."""
+    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in zip(configs, before):
+            config._attn_implementation = own
