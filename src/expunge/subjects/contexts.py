@@ -296,7 +296,8 @@ def _attend(
     if s_aux is not None or position_bias is not None:
         raise SubjectError("this model's attention has sinks or biases; its contexts cannot go on together")
     contexts = _going[-1]
-    keys, values = contexts.shared[module.layer_idx]
+    layer: Any = module.layer_idx
+    keys, values = contexts.shared[layer]
     rows, groups = key.shape[:2]
     q = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     q = q.reshape(rows, groups, -1, q.shape[-1])

@@ -234,7 +234,8 @@ class Pack:
             if first is None or kind(row)[0] != kind(first)[0] or lengths[row] > ALIKE * lengths[first]:
                 bundles.append([])
             bundles[-1].append(row)
-        made, places, flat = [], [], []
+        made, places = [], []
+        flat: list[int] = []
         before = 0
         for rows in bundles:
             own = [path[row][lengths[row] - owned[row] :] for row in rows]
@@ -542,11 +543,11 @@ def _along_paths(
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     outputs = []
     for number, bundle in enumerate(bundles):
-        own, *seen = (
+        own, seen, worth = (
             part.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
             for part, at in ((q, bundle.queries), (k, bundle.keys), (v, bundle.keys))
         )
-        out = attention(own, *seen, pack_.path_mask(number, window, query.dtype), scaling, softcap)
+        out = attention(own, seen, worth, pack_.path_mask(number, window, query.dtype), scaling, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, back).unsqueeze(0)
 
