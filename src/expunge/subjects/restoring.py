@@ -25,6 +25,7 @@ from ..edits import EditRow
 from ..errors import ParameterError, RowError
 from ..tables.store import content_key
 from .anatomy import Block, anatomy
+from .language import LOGIT_ELEMENTS
 from .packed import in_order
 from .watch import attention
 
@@ -45,8 +46,6 @@ PLACES = (
 )
 TOKENS = 8192
 """Tokens fed in one pass."""
-LOGIT_ELEMENTS = 1 << 22
-"""Logits held at once."""
 
 
 @dataclass(frozen=True)
