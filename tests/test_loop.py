@@ -8,7 +8,7 @@ import torch
 from tiny import tiny
 
 from expunge.errors import RequestError, TrainingError
-from expunge.methods.optimise import loop
+from expunge.methods.optimise import loop, terms
 from expunge.methods.optimise.adamw import AdamW
 from expunge.methods.optimise.loop import Drawn, Guard, Recipe, Training, Turn, draw, fit, references, train
 from expunge.methods.optimise.terms import negative_log_likelihood
@@ -164,6 +164,28 @@ def test_small_and_large_micro_batches_give_one_trajectory(subject):
     split, second = run(subject, micro_tokens=40)
     assert first.loss == pytest.approx(second.loss, abs=1e-5)
     assert same(whole, split, 1e-5)
+
+
+def test_sides_take_log_probabilities_in_one_product_once_it_is_known_which_are_asked(subject, monkeypatch):
+    calls = []
+    for module in (loop, terms):
+        original = module.linear_logprob
+        monkeypatch.setattr(
+            module, "linear_logprob", lambda h, *rest, f=original, at=module: calls.append((at, len(h))) or f(h, *rest)
+        )
+    joined, log = run(subject, steps=3)
+    (_, forget), (_, retain), *later = calls
+    assert [module for module, _ in calls] == [terms, terms, loop, loop]
+    assert all(count > max(forget, retain) for _, count in later)
+    monkeypatch.setattr(loop, "_join", lambda turn, sides: None)
+    apart, other = run(subject, steps=3)
+    assert same(joined, apart, 1e-5)
+    assert log.loss == pytest.approx(other.loss, rel=1e-5)
+    assert {side: len(values) for side, values in log.nll.items()} == {"forget": 3, "retain": 3}
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "KEEP_ELEMENTS", 10)  # where logits are computed again one side at a time is enough
+    few, _ = run(subject, steps=3)
+    assert same(few, apart)
 
 
 def test_references_computed_once_equal_a_live_reference(subject, monkeypatch):

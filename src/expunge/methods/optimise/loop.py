@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from ... import processes
 from ...errors import RequestError, TrainingError
 from ...files import complete_folder, save_tensors
 from ...subjects.gather import Gather
+from ...subjects.head import KEEP_ELEMENTS, linear_logprob
 from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded, Pack, batches, in_order, pack
 from ...subjects.protocol import Progress, Taps
@@ -231,6 +232,8 @@ class Turn:
     """The sides of the last passes, for the log."""
     shift: tuple[int, Tensor] | None = None
     gather: Gather = field(default_factory=Gather)
+    asked: frozenset[str] = frozenset()
+    """Sides that earlier steps took log-probabilities of: from now on in one product."""
 
     @property
     def total(self) -> int:
@@ -400,7 +403,25 @@ def _sides(turn: Turn, sides: Sequence[str], states: Mapping[str, Tensor]) -> di
             routers={layer: states[f"router.{layer}"][tapped] for layer in taps.routers},
         )
         answers, positions = answer.stop, tapped.stop
+    _join(turn, {name: side for name, side in made.items() if name in turn.asked})
     return made
+
+
+def _join(turn: Turn, sides: Mapping[str, Side]) -> None:
+    """Let sides take their log-probabilities in one product, if its logits can be kept for the backward pass."""
+    head = turn.subject.linear_head
+    counts = [len(side.target) for side in sides.values()]
+    if head is None or len(sides) < 2 or sum(counts) * turn.subject.vocabulary > KEEP_ELEMENTS:
+        return
+
+    @cache
+    def parts() -> dict[str, Tensor]:
+        hidden, target = (torch.cat([getattr(side, n) for side in sides.values()]) for n in ("hidden", "target"))
+        values = linear_logprob(hidden, head.weight, head.bias, target, turn.gather)
+        return dict(zip(sides, values.split(counts)))
+
+    for name, side in sides.items():
+        side.joint = lambda name=name: parts()[name]
 
 
 def _tapped(row: Encoded, taps: Taps) -> int:
@@ -638,6 +659,7 @@ def _train(
                 learning_rate=rate,
                 kept=kept,
                 gather=gather,
+                asked=frozenset(log.nll),
             )
             with gather.embedding(subject.embedding):
                 value = turn.backward() if recipe.around is None else recipe.around(turn)

@@ -53,6 +53,8 @@ class Side:
     """The head's weights where it is a plain linear layer."""
     gather: Gather | None = None
     """Adds up the gradient of those weights."""
+    joint: Callable[[], Tensor] | None = None
+    """(T,) this side's part of log-probabilities that several sides take in one product."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[int, Tensor] = field(default_factory=dict)
     """Residual stream after the blocks that were tapped: (P, d) at the tapped positions, row by row."""
@@ -67,6 +69,8 @@ class Side:
     @cached_property
     def token_logprob(self) -> Tensor:
         """(T,) log-probability of each answer token, fp32."""
+        if self.joint is not None:
+            return self.joint()
         if self.linear_head is not None:
             head = self.linear_head
             return linear_logprob(self.hidden, head.weight, head.bias, self.target, self.gather)
