@@ -69,7 +69,7 @@ def test_one_seed_draws_one_plan(subject):
     assert plan(3) != plan(4)
 
 
-def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out=(), after=None, **settings):
+def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out=(), after=None, ends=None, **settings):
     """A short NPO run on a copy; returns the copy and its log."""
     working = subject.copy()
     parameters = list(working.model.parameters()) if scope is None else scope(working.model)
@@ -96,6 +96,8 @@ def run(subject, *, steps=6, scope=None, checkpoint=None, stop_at=None, held_out
         held_out=held_out,
         checkpoint=checkpoint,
         key="test",
+        evaluate_at=range(steps + 1),
+        evaluate=lambda step: "enough" if step == ends else None,
         progress=progress,
     )
     return working, log
@@ -240,6 +242,27 @@ def test_a_run_inside_the_band_is_left_alone(subject):
     _, log = run(subject, held_out=encoded(subject, 6, "kept"), guard=Guard(band=5.0, every=2))
     assert not log.stopped_by_guard
     assert len(log.loss) == 6
+
+
+def test_a_run_ends_where_its_evaluation_says_so(subject):
+    _, log = run(subject, ends=3, steps=9)
+    assert log.stopped == "enough"
+    assert len(log.loss) == 3
+    none, log = run(subject, ends=0)
+    assert (log.stopped, log.loss) == ("enough", [])
+    assert same(none, subject)
+    assert run(subject, ends=7)[1].stopped is None
+
+
+def test_a_run_that_ends_early_outside_the_band_is_stepped_back_too(subject):
+    held = encoded(subject, 6, "kept")
+    guard = Guard(band=0.05, every=100)
+    working, log = run(subject, steps=60, ends=20, learning_rate=3e-2, held_out=held, guard=guard)
+    assert log.stopped == "enough"
+    assert [step for step, _ in log.guard] == [0, 20]
+    assert log.stopped_by_guard
+    assert log.stepped_back_to == 0
+    assert same(working, subject)
 
 
 def test_a_loss_that_is_not_finite_is_an_error(subject):

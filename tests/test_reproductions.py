@@ -112,6 +112,9 @@ def test_loku_runs_in_full_scope_in_adapters_and_on_passages(world: Mini) -> Non
     texts = loku.passages("ihl", 0, memorise=20, steps=1, world=TINY)
     assert texts["forget_ma_before"] > texts["holdout_ma_before"]
     assert texts["forget_el_before"] > texts["holdout_el_before"]
+    assert texts["ended"] == 1
+    # Nothing that learnt texts by heart is like unseen text before the first step.
+    assert loku.passages("ihl", 0, memorise=20, steps=1, stop=True, world=TINY)["ended"] == 1
 
 
 def test_rmu_measures_choice_and_is_audited(world: Mini) -> None:
@@ -235,13 +238,13 @@ def loku_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[s
         }.items()
         for what, value in zip(("ma_before", "ma_after", "el_before", "el_after"), values)
     }
-    return rows_of(whole, (60, 120)), parts, [{"seed": 0, **texts}]
+    return rows_of(whole, (60, 120)), parts, [{"seed": 0, "ended": 120, "stop": stop, **texts} for stop in (False, True)]
 
 
 def test_each_claim_of_loku_can_fail() -> None:
     whole, parts, texts = loku_rows()
     good = verdicts(loku.judge(whole, parts, texts, 120))
-    assert list(good.values()) == [True] * 8
+    assert list(good.values()) == [True] * 10
 
     def changed(rows: list[dict[str, Any]], where: dict[str, Any], **change: Any) -> list[dict[str, Any]]:
         return [row | change if all(row[key] == value for key, value in where.items()) else row for row in rows]
@@ -253,9 +256,11 @@ def test_each_claim_of_loku_can_fail() -> None:
         (3, (whole, changed(parts, {"method": "ihl", "init": "fila"}, reached_step=None), texts)),
         (4, (whole, changed(parts, {"method": "ihl", "init": "pissa"}, reached_step=20), texts)),
         (5, (whole, changed(parts, {"method": "grad_diff"}, reached_retain_accuracy=0.8), texts)),
-        (6, (whole, parts, changed(texts, {}, forget_el_after=0.2))),
-        (6, (whole, parts, changed(texts, {}, retain_ma_after=0.7))),
-        (7, (whole, parts, changed(texts, {}, forget_ma_after=0.02))),
+        (6, (whole, parts, changed(texts, {"stop": False}, forget_el_after=0.2))),
+        (6, (whole, parts, changed(texts, {"stop": False}, retain_ma_after=0.7))),
+        (7, (whole, parts, changed(texts, {"stop": False}, forget_ma_after=0.02))),
+        (8, (whole, parts, changed(texts, {"stop": True}, forget_el_after=0.2))),
+        (9, (whole, parts, changed(texts, {"stop": True}, forget_ma_after=0.02))),
     ]
     for place, rows in cases:
         assert list(verdicts(loku.judge(*rows, 120)).values())[place] is False

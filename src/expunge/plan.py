@@ -23,7 +23,7 @@ from .audit import battery
 from .costs import Pass, Structure, Traced, kept, shape_of
 from .edits import EditRow
 from .errors import SubjectError
-from .methods.optimise.loop import Drawn, Guard, Training, draw
+from .methods.optimise.loop import Drawn, Training, draw
 from .methods.optimise.scope import Resolved, resolve
 from .methods.optimise.unlearn import set_up
 from .metrics.measure import Asked, more_tables
@@ -76,8 +76,7 @@ def plan(request: Request) -> Plan:
     part = registry.get("methods", request.method_name)
     data = read_data(request)
     subject = without_weights(request)
-    chosen = request.training.model_dump()
-    training = Training(**{**chosen, "guard": Guard(**chosen["guard"]) if chosen["guard"] else None})
+    training = request.training.made()
     if part.card.kind == "optimise":
         found = estimate(subject, part, request.method_settings, scope=request.scope, data=data, training=training)
     else:
@@ -188,6 +187,10 @@ def estimate(
         ),
         "remarks": [
             *setup.case.warnings,
+            *(
+                ["checks of the stopping rule are not counted: what they write depends on what the model gets wrong"]
+                * (setup.rule is not None)
+            ),
             *(
                 ["time is not estimated for pictures: filters run at another rate than products"]
                 * isinstance(shape, Traced)

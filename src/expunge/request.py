@@ -92,6 +92,19 @@ class GuardSettings(_Strict):
     rows: Annotated[int, Field(ge=1)] = Field(32, description="Retain rows held out, at most a fifth of them.")
 
 
+class StopSettings(_Strict):
+    """Stops a run once its forget rows come back no more than the holdout rows did before (language models)."""
+
+    n: Annotated[int, Field(ge=1)] = Field(10, description="Tokens in a row that must come back (EL_n).")
+    every: Annotated[int, Field(ge=1)] | None = Field(None, description="Steps between checks; an epoch by default.")
+    likelihood: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Highest extraction likelihood EL_n; that of the holdout rows by default."
+    )
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Highest memorisation accuracy; that of the holdout rows by default."
+    )
+
+
 class TrainingSettings(_Strict):
     """How an objective is optimised."""
 
@@ -105,8 +118,18 @@ class TrainingSettings(_Strict):
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient clipping; 0 is none.")
     seed: Seed = Field(0, description="Draws everything random of the run.")
     guard: GuardSettings | Literal[False] = Field(GuardSettings(), description="The utility guard, or false.")
+    stop: StopSettings | None = Field(None, description="When the run has forgotten enough; its steps decide by default.")
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(60.0, description="Between checkpoints of a run.")
     micro_tokens: Annotated[int, Field(ge=1)] = Field(16384, description="Tokens with activations held at once.")
+
+    def made(self) -> Any:
+        """The same as the loop's `Training`."""
+        from .methods.optimise.loop import Guard, Training
+        from .methods.optimise.stop import Stop
+
+        values = self.model_dump()
+        guard, stop = values.pop("guard"), values.pop("stop")
+        return Training(**values, guard=Guard(**guard) if guard else None, stop=Stop(**stop) if stop else None)
 
 
 Named = str | dict[str, dict[str, Any]]

@@ -175,7 +175,7 @@ def check_fit(request: Request, data: Mapping[str, list[Row]], subject: Language
     if part.card.kind == "optimise":
         from .methods.optimise.unlearn import set_up
 
-        set_up(subject, part, settings, scope=request.scope, data=data, training=_training(request), dry=True)
+        set_up(subject, part, settings, scope=request.scope, data=data, training=request.training.made(), dry=True)
 
 
 def _serves(request: Request, subject: Any) -> None:
@@ -379,7 +379,7 @@ class _Job:
                 settings,
                 scope=self.request.scope,
                 data=self.data,
-                training=_training(self.request),
+                training=self.request.training.made(),
                 folder=self.folder,
                 progress=self._tell(f"change: {part.name}"),
             )
@@ -390,7 +390,7 @@ class _Job:
             case = EditCase(
                 self.subject,
                 self.data,
-                _training(self.request),
+                self.request.training.made(),
                 self.request.scope,
                 self.folder / "checkpoint",
                 self.progress,
@@ -405,7 +405,7 @@ class _Job:
             raise RequestError(f"method {part.name} is of kind {part.card.kind}, which runs cannot carry out yet")
         cost = {"seconds": round(time.monotonic() - began, 3), "tokens": method.get("tokens", 0)}
         if outcome is not None:
-            reached = _speed(self.subject, outcome, _training(self.request))
+            reached = _speed(self.subject, outcome, self.request.training.made())
             method["log"]["flop_per_second"] = reached.pop("steps", {})
             method["warnings"] += reached.pop("warnings", [])
             cost |= reached
@@ -427,6 +427,8 @@ class _Job:
 
         request = self.request
         own = [f"The method: {text}." for text in method.get("warnings", [])]
+        if method.get("stopped"):
+            own.append(f"The stopping rule ended the run {method['stopped']}.")
         if method.get("stopped_by_guard"):
             own.append(
                 f"The utility guard stopped the run after {method['steps']} of {method['steps_planned']} steps and "
@@ -467,14 +469,6 @@ class _Job:
 
 def _kind(change: bool) -> str:
     return "change" if change else "audit"
-
-
-def _training(request: Request) -> Any:
-    from .methods.optimise.loop import Guard, Training
-
-    values = request.training.model_dump()
-    guard = values.pop("guard")
-    return Training(**values, guard=Guard(**guard) if guard else None)
 
 
 def _speed(subject: Any, outcome: Any, training: Any) -> dict[str, Any]:

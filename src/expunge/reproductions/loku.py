@@ -14,6 +14,7 @@ from typing import Any
 from ..benchmarks.extraction import extraction_likelihood
 from ..evidence import Table
 from ..methods.optimise.loop import Training, fit
+from ..methods.optimise.stop import Stop
 from ..methods.optimise.unlearn import unlearn
 from ..registry import get, reproduction
 from ..rows import Row as Text
@@ -68,6 +69,8 @@ def adapted(
     reached: dict[str, float] = {}
 
     def observe(model: LanguageModel, step: int) -> dict[str, Any]:
+        if reached and step < steps:
+            return {}
         accuracy = knowledge(model, watched["forget"]).accuracy
         if accuracy <= FORGOTTEN and not reached:
             reached.update(measure(model, watched), step=step)
@@ -83,9 +86,19 @@ def adapted(
 
 
 def passages(
-    method: str, seed: int, memorise: int, steps: int, learning_rate: float = 2e-3, world: dict[str, Any] | None = None
+    method: str,
+    seed: int,
+    memorise: int,
+    steps: int,
+    stop: bool = False,
+    learning_rate: float = 2e-3,
+    world: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Running text about people, learnt by heart, then forgotten with LoKU's adapters: MA and EL before and after."""
+    """Running text about people, learnt by heart, then forgotten with LoKU's adapters: MA and EL before and after.
+
+    Args:
+        stop: end by the paper's rule, looked at every few steps.
+    """
     made = mini(seed, world)
     texts = {
         name: [Text(id=one.name, answer=passage(made.world, one), kind="text") for one in made.world.members(name)]
@@ -99,10 +112,17 @@ def passages(
         get("methods", method),
         {},
         scope="lora(r=4, alpha=8, init=fila)",
-        data={name: texts[name] for name in ("forget", "retain")},
-        training=Training(steps=steps, learning_rate=learning_rate, batch_size=16, seed=seed, guard=None),
+        data=texts,
+        training=Training(
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=16,
+            seed=seed,
+            guard=None,
+            stop=Stop(n=NGRAM, every=EVERY) if stop else None,
+        ),
     )
-    found: dict[str, float] = {}
+    found: dict[str, float] = {"ended": outcome.summary["steps"]}
     for when, subject in (("before", model), ("after", outcome.delta.apply(model))):
         for name, rows in texts.items():
             accuracy, likelihood = extraction_likelihood(subject, rows, n=NGRAM).means
@@ -138,23 +158,33 @@ def loku(
             for order in range(orders)
         ],
     )
-    texts = case.trials(passages, [{**shared, "method": "ihl", "memorise": memorise}])
+    texts = case.trials(
+        passages, [{**shared, "method": "ihl", "memorise": memorise, "stop": stop} for stop in (False, True)]
+    )
     return Findings(
         claims=judge(whole, parts, texts, steps),
         tables=[
             table(whole, "Full scope", MEANING),
             _adapters(parts),
-            Table(
-                "Passages",
-                ["texts", "MA before", "MA after", f"EL_{NGRAM} before", f"EL_{NGRAM} after"],
-                [
-                    [name, *(str(spread(texts, f"{name}_{what}")) for what in _EXTRACTED)]
-                    for name in ("forget", "retain", "holdout")
-                ],
-                "MA: memorisation accuracy. EL: extraction likelihood. Holdout: passages in no training data.",
-            ),
+            _passages(texts),
         ],
         notes=NOTES,
+    )
+
+
+def _passages(texts: Sequence[Row]) -> Table:
+    cells = []
+    for stop in (False, True):
+        mine = [row for row in texts if row["stop"] == stop]
+        for name in ("forget", "retain", "holdout"):
+            found = [str(spread(mine, f"{name}_{what}")) for what in _EXTRACTED]
+            cells.append([name, str(spread(mine, "ended")), *found])
+    return Table(
+        "Passages",
+        ["texts", "steps", "MA before", "MA after", f"EL_{NGRAM} before", f"EL_{NGRAM} after"],
+        cells,
+        "MA: memorisation accuracy. EL: extraction likelihood. Holdout: passages in no training data. Below: runs that "
+        f"the paper's rule ended, EL_{NGRAM} and MA looked at every {EVERY} steps.",
     )
 
 
@@ -169,7 +199,8 @@ NOTES = [
     "ICLR's reviewers saw FILA make GradDiff worse in the paper's own figures; the table has both objectives. PiSSA "
     "is the control that shows whether the Fisher weighting matters, or only starting in principal directions.",
     "Passages are 4 sentences about a person. All but the holdout's were learnt by heart before; thresholds are the "
-    "holdout's means under that model.",
+    "holdout's means under that model. The paper's rule ends a run at the first check at which both are reached; the "
+    "criteria are older than the rule is here, so runs with and without it are judged by them.",
 ]
 
 
@@ -218,7 +249,8 @@ def judge(whole: Sequence[Row], parts: Sequence[Row], texts: Sequence[Row], step
         ),
         *_starts(parts, steps),
         _utility(parts),
-        *_extraction(texts),
+        *_extraction([row for row in texts if not row["stop"]], f"{steps} steps"),
+        *_extraction([row for row in texts if row["stop"]], "stopped by the paper's rule"),
     ]
 
 
@@ -280,7 +312,7 @@ def _utility(parts: Sequence[Row]) -> Claim:
     )
 
 
-def _extraction(texts: Sequence[Row]) -> list[Claim]:
+def _extraction(texts: Sequence[Row], when: str) -> list[Claim]:
     mean: Mapping[str, float] = {
         f"{name}_{what}": spread(texts, f"{name}_{what}").mean
         for name in ("forget", "retain", "holdout")
@@ -294,7 +326,7 @@ def _extraction(texts: Sequence[Row]) -> list[Claim]:
     )
     return [
         Claim(
-            "Memorised text can no longer be extracted, other text is kept",
+            f"Memorised text can no longer be extracted, other text is kept ({when})",
             "GPT-Neo on TDEC: EL_10 and MA at or below those of unseen text",
             f"EL_{NGRAM} and MA of forgotten passages at most those of holdout passages under the model before; MA of "
             "retained passages at least 0.9 of before",
@@ -302,7 +334,7 @@ def _extraction(texts: Sequence[Row]) -> list[Claim]:
             max(above.values()) <= 0 and mean["retain_ma_after"] >= 0.9 * mean["retain_ma_before"],
         ),
         Claim(
-            "Memorised text ends like text never seen",
+            f"Memorised text ends like text never seen ({when})",
             "-",
             f"EL_{NGRAM} and MA within 0.05 of the holdout's, above or below",
             told,

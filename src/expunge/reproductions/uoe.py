@@ -72,15 +72,11 @@ def trial(
         or at the end: accuracies, losses, how many tokens still take the experts they took.
     """
     made = mixture(seed, Sizes(**sizes))
-    found: list[tuple[int, LanguageModel]] = []
     curve: list[tuple[int, float]] = []
 
-    def check(model: LanguageModel, step: int) -> None:
-        if found:
-            return
+    def check(model: LanguageModel, step: int) -> str | None:
         curve.append((step, knowledge(model, made.data["forget"]).accuracy))
-        if curve[-1][1] <= threshold:
-            found.append((step, model.copy()))
+        return "forgotten" if curve[-1][1] <= threshold else None
 
     outcome = unlearn(
         made.subject,
@@ -92,10 +88,10 @@ def trial(
         evaluate_at=range(0, steps + 1, every),
         evaluate=check,
     )
-    reached, model = found[0] if found else (None, outcome.delta.apply(made.subject))
+    model = outcome.delta.apply(made.subject)
     prepared = outcome.summary.get("prepared", {})
     return {
-        "reached": reached,
+        "reached": curve[-1][0] if outcome.summary["stopped"] else None,
         "curve": curve,
         **{f"start_{name}": value for name, value in _known(made.subject, made.data).items()},
         **_known(model, made.data),

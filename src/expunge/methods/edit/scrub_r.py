@@ -65,8 +65,8 @@ def scrub_r(
         {"alpha": alpha, "gamma": gamma, "temperature": temperature, "ascent_epochs": ascent_epochs, "ascent": ascent},
         scope=case.scope,
         data=case.data,
-        # Rewinding takes the place of the guard, which would step back by a rule of its own.
-        training=replace(case.training, guard=None),
+        # Rewinding takes the place of the guard and of a stopping rule: it has a rule of its own for both.
+        training=replace(case.training, guard=None, stop=None),
         evaluate_at=ends,
         evaluate=look,
         progress=None if case.progress is None else lambda done, total: case.progress("scrub_r", done, total),  # type: ignore[misc]

@@ -33,6 +33,7 @@ from ...subjects.packed import Encoded, Pack, batches, in_order, pack
 from ...subjects.protocol import Progress, Taps
 from .adamw import AdamW
 from .shards import cut, is_part, like, local, norm, sharded, whole
+from .stop import Stop
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -71,6 +72,7 @@ class Training:
     """0 turns clipping off."""
     seed: int = 0
     guard: Guard | None = Guard()
+    stop: Stop | None = None
     checkpoint_seconds: float = 60.0
     micro_tokens: int = 16384
     """Tokens with activations at once; a larger step runs its forward pass twice and gives the same gradient."""
@@ -542,6 +544,8 @@ class Log:
     """(step, loss on held-out retain rows)"""
     stopped_by_guard: bool = False
     stepped_back_to: int | None = None
+    stopped: str | None = None
+    """Why `evaluate` ended the run."""
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -559,7 +563,7 @@ def train(
     checkpoint: Path | None = None,
     key: str = "",
     evaluate_at: Sequence[int] = (),
-    evaluate: Callable[[int], None] | None = None,
+    evaluate: Callable[[int], str | None] | None = None,
     progress: Progress | None = None,
 ) -> Log:
     """Optimise `parameters` of the subject in place with AdamW.
@@ -571,7 +575,8 @@ def train(
         frozen_head: the start model's head, where the scope moves it.
         entries: stored inputs of the lowest block that moves.
         checkpoint: folder for the state of a run that may be killed; `key` says which run it belongs to.
-        evaluate: called before the first step (0) and after steps named in `evaluate_at`.
+        evaluate: called before the first step (0) and after steps named in `evaluate_at`; a sentence from it says why
+            the run ends there.
 
     Raises:
         TrainingError: the loss is not finite, or no parameter receives a gradient.
@@ -614,7 +619,7 @@ def _train(
     checkpoint: Path | None,
     key: str,
     evaluate_at: Sequence[int],
-    evaluate: Callable[[int], None] | None,
+    evaluate: Callable[[int], str | None] | None,
     progress: Progress | None,
 ) -> Log:
     optimiser = AdamW(parameters, training.weight_decay)
@@ -635,14 +640,28 @@ def _train(
     if guard and not log.guard:
         log.guard.append((0, mean_loss(subject, held_out)))
         best, log.stepped_back_to = [master.detach().clone() for master in masters], 0
-    if evaluate and first == 0 and 0 in evaluate_at:
-        evaluate(0)
     saved = time.monotonic()
     total = len(drawn.steps)
     before = log.seconds
     index = first
     try:
-        while index < total and not log.stopped_by_guard:
+        while True:
+            # Ahead of the next step: a run that is killed in a check makes it again when it goes on.
+            if evaluate and index in evaluate_at:
+                log.stopped = evaluate(index)
+            last = index == total or log.stopped is not None
+            if guard and log.guard[-1][0] < index and (index % guard.every == 0 or last):
+                now = mean_loss(subject, held_out)
+                log.guard.append((index, now))
+                if now <= log.guard[0][1] + guard.band:
+                    outside = 0
+                    best = [master.detach().clone() for master in masters]
+                    log.stepped_back_to = index
+                else:
+                    outside += 1
+                    log.stopped_by_guard = outside >= guard.patience or last
+            if last or log.stopped_by_guard:
+                break
             rate = training.learning_rate * _factor(training, index, total)
             turn = Turn(
                 subject,
@@ -684,18 +703,6 @@ def _train(
                 if "token_logprob" in side.__dict__:
                     log.nll.setdefault(name, []).append(float(-side.token_logprob.detach().mean()))
             index += 1
-            if guard and (index % guard.every == 0 or index == total):
-                now = mean_loss(subject, held_out)
-                log.guard.append((index, now))
-                if now <= log.guard[0][1] + guard.band:
-                    outside = 0
-                    best = [master.detach().clone() for master in masters]
-                    log.stepped_back_to = index
-                else:
-                    outside += 1
-                    log.stopped_by_guard = outside >= guard.patience or index == total
-            if evaluate and index in evaluate_at:
-                evaluate(index)
             if progress:
                 progress(index, total)
             log.seconds = before + time.monotonic() - began
@@ -712,7 +719,7 @@ def _train(
             for master, values in zip(masters, best):
                 master.copy_(values)
         optimiser.write_back()
-    if progress and log.stopped_by_guard:
+    if progress and index < total:
         progress(total, total)
     log.seconds = before + time.monotonic() - began
     return log

@@ -27,7 +27,9 @@ from ...subjects.protocol import Progress, Taps
 from ...tables.store import content_key
 from . import columns, fila, slices
 from .loop import Drawn, Recipe, Training, Turn, activations, draw, entries, references, train
+from .reinforce import REINFORCE
 from .scope import PRINCIPAL, LoraSpec, Resolved, resolve
+from .stop import Rule
 from .terms import Step
 
 
@@ -107,7 +109,7 @@ def unlearn(
     training: Training,
     folder: Path | None = None,
     evaluate_at: Sequence[int] = (),
-    evaluate: Callable[[LanguageModel, int], None] | None = None,
+    evaluate: Callable[[LanguageModel, int], str | None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Run an `optimise` method. The subject is not changed; the delta leads from it to the changed model.
@@ -116,7 +118,8 @@ def unlearn(
         scope: which weights may move; None takes the method's own (`all` unless it says otherwise).
         data: row sets by name; `forget` and `retain` are trained on.
         folder: where a killed run finds its checkpoint again; None runs without.
-        evaluate: called with the model in training after the steps in `evaluate_at` (0 is before the first).
+        evaluate: called with the model in training after the steps in `evaluate_at` (0 is before the first); a sentence
+            from it says why the run ends there.
 
     Raises:
         RequestError: rows the objective needs are missing.
@@ -140,6 +143,16 @@ def unlearn(
     )
     processes.same("scope, rows or settings", key)
     stored, watch = entries(subject, drawn, resolved.first_layer), _Stopwatch(progress)
+    rule, checks = setup.rule, range(0)
+    if rule is not None:
+        rule.measure(subject)
+        checks = range(0, len(drawn.steps), rule.stop.every or drawn.per_epoch)
+
+    def look(step: int) -> str | None:
+        if evaluate is not None and step in evaluate_at and (said := evaluate(working, step)) is not None:
+            return said
+        return f"after step {step}: {rule}" if rule is not None and step in checks and rule.check(working) else None
+
     log = train(
         working,
         parameters,
@@ -151,12 +164,14 @@ def unlearn(
         entries=stored,
         checkpoint=folder / "checkpoint" if folder is not None and parameters else None,
         key=key,
-        evaluate_at=evaluate_at,
-        evaluate=None if evaluate is None else lambda step: evaluate(working, step),
+        evaluate_at=sorted({*evaluate_at, *checks}),
+        evaluate=look,
         progress=watch,
     )
     if case.trained is not None:
         case.summary |= case.trained(working)
+    if rule is not None and (not rule.met or log.stopped_by_guard) and not rule.check(working):
+        log.warnings.append(f"the stopping rule is not met: {rule}")
     tokens, answers = drawn.tokens
     share = len(log.loss) / max(1, len(drawn.steps))
     summary = {
@@ -173,6 +188,8 @@ def unlearn(
         "seconds": log.seconds,
         "stopped_by_guard": log.stopped_by_guard,
         "stepped_back_to": log.stepped_back_to if log.stopped_by_guard else None,
+        "stopped": log.stopped,
+        "stop": None if rule is None else rule.summary(),
         "warnings": [*case.warnings, *log.warnings],
         **({"prepared": case.summary} if case.summary else {}),
     }
@@ -221,6 +238,8 @@ class Setup:
     drawn: Drawn
     held_out: list[Encoded]
     """Retain rows that the guard watches and nobody trains on."""
+    rule: Rule | None = None
+    """What may end the run early."""
 
 
 def set_up(
@@ -267,7 +286,10 @@ def set_up(
     # Alternatives come in several variants of the forget rows: an epoch still is one pass over the latter.
     count = len(data.get("forget", [])) if leading != ["retain"] else None
     drawn = draw(rows, leading, training=training, generator=generator, count=count)
-    return Setup(chain, needs | case.needs, case, resolved, drawn, held_out)
+    # Whoever learns the rows once more does not end where they are forgotten.
+    stop = training.stop if part is not REINFORCE and data.get("forget") else None
+    rule = Rule(stop, subject, data) if stop else None
+    return Setup(chain, needs | case.needs, case, resolved, drawn, held_out, rule)
 
 
 def _chain(part: Part, settings: dict[str, Any]) -> Chain:
