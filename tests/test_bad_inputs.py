@@ -120,8 +120,14 @@ REQUEST = {
     "guard is true": ({"training": {"guard": True}}, ["training.guard is True", "a valid mapping or False"]),
     "guard with a wrong field": ({"training": {"guard": {"bandd": 1}}}, ["training.guard.bandd", "Did you mean band"]),
     "stop is true": ({"training": {"stop": True}}, ["training.stop is True"]),
-    "stop with runs of none": ({"training": {"stop": {"n": 0}}}, ["training.stop.n is 0", "greater than or equal to 1"]),
-    "stop with a wrong field": ({"training": {"stop": {"accurracy": 1}}}, ["training.stop.accurracy", "Did you mean accuracy"]),
+    "stop with runs of none": (
+        {"training": {"stop": {"n": 0}}},
+        ["training.stop.n is 0", "greater than or equal to 1"],
+    ),
+    "stop with a wrong field": (
+        {"training": {"stop": {"accurracy": 1}}},
+        ["training.stop.accurracy", "Did you mean accuracy"],
+    ),
     "gold is text": ({"gold": "gold/0"}, ["field gold is 'gold/0'", "a valid list"]),
     "model is empty": ({"model": ""}, ["field model is ''", "at least 1 character"]),
     "forget is empty": ({"data": {"forget": ""}}, ["field data.forget is ''"]),

@@ -238,7 +238,11 @@ def loku_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[s
         }.items()
         for what, value in zip(("ma_before", "ma_after", "el_before", "el_after"), values)
     }
-    return rows_of(whole, (60, 120)), parts, [{"seed": 0, "ended": 120, "stop": stop, **texts} for stop in (False, True)]
+    return (
+        rows_of(whole, (60, 120)),
+        parts,
+        [{"seed": 0, "ended": 120, "stop": stop, **texts} for stop in (False, True)],
+    )
 
 
 def test_each_claim_of_loku_can_fail() -> None:

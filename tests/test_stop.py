@@ -1,4 +1,4 @@
-"""Runs that end once their forget rows come back no more than unseen ones: when they end, what they say, after a kill."""
+"""Runs that end once their forget rows come back no more than unseen ones: when, what they say, after a kill."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def trained() -> LanguageModel:
     return subject
 
 
-def forget(subject: LanguageModel, *, steps: int = 30, data: Any = DATA, stop: Stop = STOP, folder: Any = None) -> Outcome:
+def forget(
+    subject: LanguageModel, *, steps: int = 30, data: Any = DATA, stop: Stop = STOP, folder: Any = None
+) -> Outcome:
     training = Training(steps=steps, batch_size=4, learning_rate=3e-3, guard=None, stop=stop, checkpoint_seconds=0)
     part = get("methods", "grad_diff")
     return unlearn(subject, part, {}, scope="all", data=data, training=training, folder=folder)
@@ -57,7 +59,9 @@ def ended(trained: LanguageModel) -> Outcome:
     return forget(trained)
 
 
-def test_thresholds_are_what_the_model_before_gives_away_of_unseen_texts(trained: LanguageModel, ended: Outcome) -> None:
+def test_thresholds_are_what_the_model_before_gives_away_of_unseen_texts(
+    trained: LanguageModel, ended: Outcome
+) -> None:
     accuracy, likelihood = extraction_likelihood(trained, DATA["holdout"], n=3).means
     highest = ended.summary["stop"]["highest"]
     assert highest == {"likelihood": pytest.approx(likelihood), "accuracy": pytest.approx(accuracy)}
@@ -88,7 +92,7 @@ def test_a_run_ends_at_the_first_check_at_which_both_are_reached(trained: Langua
 
 @pytest.mark.parametrize(("owner", "name"), [(Turn, "backward"), (Rule, "check")], ids=["in a step", "in a check"])
 def test_a_killed_run_ends_at_the_same_step(
-    trained: LanguageModel, ended: Outcome, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+    trained: LanguageModel, ended: Outcome, tmp_path: Any, owner: Any, name: str
 ) -> None:
     steps = ended.summary["steps"]
     # The last step, or the last check: there is one before the first step and one after every second.
@@ -101,9 +105,10 @@ def test_a_killed_run_ends_at_the_same_step(
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, killed)
-        forget(trained, folder=tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            forget(trained, folder=tmp_path)
     again = forget(trained, folder=tmp_path)
     assert again.summary["stopped"] == ended.summary["stopped"]
     assert again.summary["log"]["loss"] == ended.summary["log"]["loss"]
@@ -147,9 +152,13 @@ def test_it_needs_texts_long_enough_that_no_model_saw(trained: LanguageModel) ->
     with pytest.raises(RequestError, match="holdout: 0 rows"):
         forget(trained, data={"forget": DATA["forget"], "retain": DATA["retain"]}, stop=Stop(likelihood=0.1))
     short = replace(DATA["holdout"][0], answer="lamp", source="held.jsonl:1")
-    with pytest.raises(RowError, match=r"held.jsonl:1: its answer has \d tokens, but training.stop needs at least n = 5"):
+    with pytest.raises(
+        RowError, match=r"held.jsonl:1: its answer has \d tokens, but training.stop needs at least n = 5"
+    ):
         forget(trained, data={**DATA, "holdout": [short]}, stop=Stop(n=5))
-    with pytest.raises(RequestError, match="training.stop asks how much of a text comes back; cats is of modality image"):
+    with pytest.raises(
+        RequestError, match=r"training.stop asks how much of a text comes back; cats is of modality image"
+    ):
         Rule(STOP, SimpleNamespace(modality="image", name="cats"), DATA)  # type: ignore[arg-type]
 
 

@@ -118,7 +118,9 @@ class TrainingSettings(_Strict):
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient clipping; 0 is none.")
     seed: Seed = Field(0, description="Draws everything random of the run.")
     guard: GuardSettings | Literal[False] = Field(GuardSettings(), description="The utility guard, or false.")
-    stop: StopSettings | None = Field(None, description="When the run has forgotten enough; its steps decide by default.")
+    stop: StopSettings | None = Field(
+        None, description="When the run has forgotten enough; its steps decide by default."
+    )
     checkpoint_seconds: Annotated[float, Field(ge=0)] = Field(60.0, description="Between checkpoints of a run.")
     micro_tokens: Annotated[int, Field(ge=1)] = Field(16384, description="Tokens with activations held at once.")
 
