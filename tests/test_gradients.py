@@ -53,6 +53,23 @@ def test_most_architectures_go_together():
     assert {"llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "gpt_neox", "olmo2"} <= found
 
 
+def test_the_last_mlp_takes_only_tokens_that_predict(monkeypatch):
+    subject = LanguageModel(*tiny("llama"))
+    asked = replace(rows()[1], prompt="where in the north of Carth was Ilva Morrow born?")
+    chosen = [(("0", "answer"), subject.encode(row)) for row in (asked, rows()[1])]
+    assert subject.can_spare
+    assert gradients.can_go_together(subject)
+    seen = []
+    handle = subject.model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].shape[1])
+    )
+    found = subject.gradients(chosen).norm
+    handle.remove()
+    assert seen == [sum(len(row.ids) - row.closing - row.start for _, row in chosen)]
+    monkeypatch.setattr(subject, "_can_spare", False)
+    assert np.allclose(found, subject.gradients(chosen).norm, rtol=2e-6, atol=1e-7)
+
+
 def test_a_tied_embedding_counts_once_with_both_its_uses():
     model, tokenizer = tiny("llama")
     model.lm_head.weight = model.model.embed_tokens.weight

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import SubjectError
+from .fused import fused
 from .language import TOKEN_BUDGET, LanguageModel, cache_name
 from .packed import SHARED_BEGINNING, Encoded, attention_by, batches, configurations, pack
 
@@ -239,7 +239,7 @@ class Contexts:
         more |= {"attention_mask": None if self.configs else self.seen.long(), cache_name(module): self.cache}
         _going.append(self)
         try:
-            with attention_by(self.configs, IMPLEMENTATION) if self.configs else nullcontext():
+            with fused(module), attention_by(self.configs or (), IMPLEMENTATION):
                 return module(input_ids=tokens, use_cache=True, **more)
         finally:
             _going.pop()

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
 from .quantised import is_quantised
+from .sparing import sparing
 
 if TYPE_CHECKING:
     from .language import LanguageModel
@@ -155,12 +156,12 @@ def _owners(subject: LanguageModel) -> list[tuple[str, nn.Module, _Norms]] | Non
 
 
 class _Rows:
-    """Packed tokens row by row: rows of one length stand together, so that views tell them apart."""
+    """Tokens row by row: rows of one length stand together, so that views tell them apart."""
 
-    def __init__(self, rows: Sequence[Encoded]) -> None:
-        self.lengths = [len(row.ids) - 1 for row in rows]
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
         self.runs: list[tuple[slice, int]] = []
-        """Packed tokens of rows of one length, and that length."""
+        """Tokens of rows of one length, and that length."""
         start = 0
         for length, alike in groupby(self.lengths):
             self.runs.append((slice(start, start := start + sum(alike)), length))
@@ -208,9 +209,11 @@ def _table(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> di
         gradient = gradient * ids.ne(module.padding_idx)[:, None]
     number = torch.arange(len(rows.lengths), device=ids.device)
     row = number.repeat_interleave(torch.tensor(rows.lengths, device=ids.device))
-    pairs, at = torch.stack([row, ids], dim=1).unique(dim=0, return_inverse=True)
+    # One number for row and token: pairs would be compared one by one, each comparison an operator.
+    pairs, at = (row * module.num_embeddings + ids).unique(return_inverse=True)
     summed = gradient.new_zeros(len(pairs), gradient.shape[1]).index_add_(0, at, gradient)
-    return {"weight": gradient.new_zeros(len(number)).index_add_(0, pairs[:, 0], _squares(summed))}
+    whose = pairs.div(module.num_embeddings, rounding_mode="floor")
+    return {"weight": gradient.new_zeros(len(number)).index_add_(0, whose, _squares(summed))}
 
 
 def _scale(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> dict[str, Tensor]:
@@ -236,7 +239,8 @@ _KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _ma
 def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
     """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long."""
     pack_ = pack(rows, subject.device, sharing="nothing")
-    places = _Rows(rows)
+    whole, predicting = _Rows([len(row.ids) - 1 for row in rows]), _Rows([row.scored for row in rows])
+    mlp = subject.blocks[-1].mlp if subject.can_spare and len(pack_.read) < pack_.tokens else None
     names = {id(p): number for number, p in enumerate(subject.model.parameters())}
     squares = torch.zeros(len(names), len(rows), device=subject.device)
     embedding, head = subject.model.get_input_embeddings(), subject.linear_head
@@ -251,14 +255,17 @@ def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
             if norms is _table:
                 output.requires_grad_()
             nonlocal flat
+            # The last MLP may see the tokens that predict alone.
+            spared = mlp is not None and arguments[0].dim() == 3 and arguments[0].shape[1] == len(pack_.read)
+            places, tokens = (predicting, len(pack_.read)) if spared else (whole, pack_.tokens)
             if flat is None or flat[0] is not arguments[0]:  # several matrices read one tensor
-                read = arguments[0].detach().reshape(pack_.tokens, -1)
+                read = arguments[0].detach().reshape(tokens, -1)
                 flat = arguments[0], read if norms is _table else read.float()
             read = flat[1]
 
             @torch.no_grad()
             def backward(gradient: Tensor) -> None:
-                gradient = gradient.reshape(pack_.tokens, -1).float()
+                gradient = gradient.reshape(tokens, -1).float()
                 for name, found in norms(module, read, gradient, places).items():
                     squares[names[id(module.get_parameter(name))]] += found
                 if module is embedding and crossing is not None:
@@ -273,6 +280,8 @@ def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
         with ExitStack() as stack:
             for _, module, norms in _owners(subject) or ():
                 stack.callback(module.register_forward_hook(watch(module, norms)).remove)
+            if mlp is not None:
+                stack.enter_context(sparing(subject.model.get_submodule(mlp), pack_.read))
             hidden = subject.run_decoder(pack_)[pack_.predict]
         back, found = _head(head, hidden.detach(), pack_, crossing)
         for name, values in found.items():
