@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .anatomy import Block
@@ -30,18 +31,18 @@ def mlp_of(block: Block) -> str | None:
 
 @contextmanager
 def sparing(mlp: nn.Module, read: Tensor) -> Iterator[None]:
-    """Within the block an MLP that is called with (1, tokens, d) runs on the tokens `read` (m,) alone; for others it
-    gives zero."""
-    tokens = 0
+    """Within the block an MLP runs on the tokens `read` (m,) alone of all that it is called with (..., d); for others
+    it gives zero."""
+    shape = torch.Size()
 
     def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
-        nonlocal tokens
+        nonlocal shape
         (states,) = arguments
-        tokens = states.shape[1]
-        return (Gathered.apply(states[0], read)[None],)
+        shape = states.shape
+        return (Gathered.apply(states.flatten(0, -2), read)[None],)
 
     def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.new_zeros(tokens, output.shape[2]).index_copy(0, read, output[0])[None]
+        return output.new_zeros(shape[:-1].numel(), shape[-1]).index_copy(0, read, output[0]).view(shape)
 
     handles = [mlp.register_forward_pre_hook(gather), mlp.register_forward_hook(scatter)]
     try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..errors import SubjectError
 from .anatomy import anatomy
 from .language import LanguageModel, _Skipped, _Stop, cache_name
+from .sparing import sparing
 from .value_vectors import ValueMatrix, value_matrices
 
 Text = Sequence[int]
@@ -190,9 +191,17 @@ class Tails:
         places = [i * self.rest + place - at[i] for i, several in enumerate(read) for place in several]
         self.read = torch.tensor(places, dtype=torch.long, device=subject.device)
         ids = padded(texts, subject.device)
-        self.spared = self._places()
+        blocks = subject.blocks
+        sparable = layer < len(blocks) - 1 and subject.can_spare
+        self.mlp = subject.model.get_submodule(str(blocks[-1].mlp)) if sparable else None
+        """The last one, where it may take only the tokens that are read."""
         every = [i * ids.shape[1] + place for i, several in enumerate(read) for place in several]
-        clean, cache, seen = self._read(ids, torch.tensor(every, dtype=torch.long, device=subject.device))
+        fed = torch.tensor(every, dtype=torch.long, device=subject.device)
+        seen, handles = _watched(subject, [layer])
+        cache = DynamicCache()
+        more: dict[str, Any] = {"use_cache": True, cache_name(subject.decoder): cache}
+        with torch.no_grad(), hooked(handles), self._sparing(fed):
+            clean = subject.decoder(input_ids=ids, **more).last_hidden_state
         self.looked = _looked(seen, len(texts), at)
         # (n, rest) where each tail's tokens stand in its text; behind its end the last one again.
         steps = torch.tensor(self.at, device=subject.device)[:, None] + torch.arange(self.rest, device=subject.device)
@@ -205,21 +214,6 @@ class Tails:
         if self._can_cut(cache):
             self._cut(cache)
             self._pass = self._first
-
-    def _read(self, ids: Tensor, read: Tensor) -> tuple[Tensor, DynamicCache, Seen]:
-        """Final states, right at the tokens `read` of all that are fed; keys and values; what the layer shows."""
-
-        def run(spared: list[Any]) -> tuple[Tensor, DynamicCache, Seen]:
-            seen, handles = _watched(self.subject, [self.layer])
-            cache = DynamicCache()
-            more = {"use_cache": True, cache_name(self.subject.decoder): cache}
-            with torch.no_grad(), hooked([*handles, *spared]):
-                return self.subject.decoder(input_ids=ids, **more).last_hidden_state, cache, seen
-
-        try:
-            return run(self._sparing(read))
-        except Exception:  # any failure means that this model's last MLP does not run on some tokens alone
-            return run([])
 
     def states(self, change: Tensor) -> Tensor:
         """(states read, d) where `change` (n, d) is added to what the MLP gives at each text's token."""
@@ -308,7 +302,7 @@ class Tails:
             every: the last MLP too runs on every token.
         """
         stream = torch.cat([self.stream[:, :1] + change.to(self.stream.dtype)[:, None], self.stream[:, 1:]], 1)
-        with hooked([] if every else self._sparing(self.read)):
+        with nullcontext() if every else self._sparing(self.read):
             for block, arguments, named in self.calls:
                 stream = _plain(block(stream, *arguments, **named))
         states = self._wanted(stream)
@@ -349,35 +343,9 @@ class Tails:
             owner._modules.update(before)
         return calls
 
-    def _places(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Modules into and out of the last MLP, which runs only on the states that are read."""
-        block = anatomy(self.subject.model).blocks[-1]
-        if self.layer == block.index or block.experts:
-            return [], []
-
-        def owners(names: Sequence[str]) -> list[nn.Module]:
-            return [self.subject.model.get_submodule(p) for p in dict.fromkeys(n.rpartition(".")[0] for n in names)]
-
-        return owners((*block.mlp_in, *block.mlp_gate)), owners(block.mlp_out)
-
-    def _sparing(self, read: Tensor) -> list[Any]:
-        """Hooks under which the last MLP runs only on some tokens of all that are fed."""
-        given: list[Tensor] = []  # some MLPs see tokens of all rows in one axis; gate and up are given one tensor
-        gathered: list[Tensor] = []
-
-        def gather(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            if not given or given[0] is not arguments[0]:
-                given[:] = [arguments[0]]
-                gathered[:] = [arguments[0].reshape(-1, arguments[0].shape[-1])[read]]
-            return (gathered[0], *arguments[1:])
-
-        def scatter(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            whole = output.new_zeros(given[0].shape[:-1].numel(), output.shape[-1])
-            return whole.index_copy(0, read, output).view(*given[0].shape[:-1], -1)
-
-        into, out = self.spared
-        handles = [module.register_forward_pre_hook(gather) for module in into]
-        return [*handles, *(module.register_forward_hook(scatter) for module in out)]
+    def _sparing(self, read: Tensor) -> AbstractContextManager[None]:
+        """Within the block the last MLP takes only the tokens `read` of all that are fed."""
+        return nullcontext() if self.mlp is None else sparing(self.mlp, read)
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyDictionary()
