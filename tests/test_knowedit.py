@@ -320,3 +320,20 @@ def test_what_is_tested_is_not_shown_and_too_little_is_refused(bench, tmp_path):
         RequestError, match="serac learns from other facts than those that are tested, and there are 0;"
     ):
         knowedit(bench, **get("benchmarks", "knowedit").resolve(settings))
+
+
+def test_answers_are_kept_by_all_that_an_editor_was_given(tmp_path):
+    bench = SimpleNamespace(subject=LanguageModel(*tiny("llama")), seed=0)
+    rome = get("methods", "rome")
+    texts = [{"id": f"t{i}", "prompt": "", "answer": f"Velm is a town {i}."} for i in range(2)]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (tmp_path / "two.jsonl").write_text(json.dumps(texts[0]))
+
+    def key(corpus="one.jsonl"):
+        return room._editing(bench, rome, rome.resolve({}), tmp_path, str(tmp_path / corpus), [])[1]
+
+    before = key()
+    assert before == key()
+    assert before != key("two.jsonl")
+    (tmp_path / "prefixes.json").write_text(json.dumps(["The night was cold."]))
+    assert before != key()

@@ -186,21 +186,16 @@ def _editor(method: str | dict[str, Any]) -> tuple[registry.Part, dict[str, Any]
 def _editing(
     bench: Bench, editor: registry.Part, settings: dict[str, Any], folder: Path, path: str, given: Sequence[EditRow]
 ) -> tuple[Making, str]:
-    case = EditCase(
-        bench.subject,
-        {},
-        Training(seed=bench.seed),
-        corpus=texts_for_keys(folder, path),
-        prefixes=prefixes(folder),
-        demonstrations=given,
-    )
+    texts, before = texts_for_keys(folder, path), prefixes(folder)
+    case = EditCase(bench.subject, {}, Training(seed=bench.seed), corpus=texts, prefixes=before, demonstrations=given)
 
     def make(edits: Sequence[EditRow], mode: Mode) -> Any:
         (found,) = carry_out(editor, replace(case, edits=list(edits)), settings, mode)
         return found.model()
 
-    about = f"{editor.name} {json.dumps(settings, sort_keys=True)}"
-    return make, f"{about}, demonstrations {content_key([one.record() for one in given])[:12]}" if given else about
+    # Answers that were kept are those of an editor that was given the same.
+    beside = content_key([asdict(row) for row in texts], before, [one.record() for one in given])[:12]
+    return make, f"{editor.name} {json.dumps(settings, sort_keys=True)}, beside texts and facts {beside}"
 
 
 def _prompts(folder: Path, names: Sequence[str], split: Split, seed: int) -> Iterator[str]:
