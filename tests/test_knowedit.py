@@ -325,7 +325,7 @@ def test_what_is_tested_is_not_shown_and_too_little_is_refused(bench, tmp_path):
 def test_answers_are_kept_by_all_that_an_editor_was_given(tmp_path):
     bench = SimpleNamespace(subject=LanguageModel(*tiny("llama")), seed=0)
     rome = get("methods", "rome")
-    texts = [{"id": f"t{i}", "prompt": "", "answer": f"Velm is a town {i}."} for i in range(2)]
+    texts = [{"text": f"Velm is town number {i}."} for i in range(2)]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, texts)))
     (tmp_path / "two.jsonl").write_text(json.dumps(texts[0]))
 
