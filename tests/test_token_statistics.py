@@ -36,6 +36,25 @@ def test_numbers_are_those_of_the_whole_softmax_for_any_chunk(monkeypatch, chunk
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk", "block"), [(1 << 22, 1 << 17), (7 * V, 2 * V), (1, 1)])
+@pytest.mark.parametrize("asked", ["some", "none", "all"])
+def test_moments_only_where_they_are_asked_for(monkeypatch, chunk, block, asked):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(23, V, generator=generator) * 4
+    at = torch.randint(0, 23, (40,), generator=generator)
+    target = torch.randint(0, V, (40,), generator=generator)
+    moments = {"some": torch.arange(23) % 3 == 1, "none": torch.zeros(23) > 0, "all": torch.zeros(23) == 0}[asked]
+    expected = whole(logits, target, at)
+    logprob, hit, mean, variance = token_statistics(lambda rows: rows.clone(), logits, target, at, V, moments)
+    torch.testing.assert_close(logprob.double(), expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(hit, expected[1])
+    for found, value in zip((mean, variance), expected[2:]):
+        assert torch.equal(found.isnan(), ~moments[at])
+        torch.testing.assert_close(found[moments[at]].double(), value[moments[at]], rtol=1e-5, atol=1e-5)
+
+
 def test_masked_entries_carry_no_probability():
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(1))
     logits[1, 5:40] = -torch.inf

@@ -710,7 +710,8 @@ class LanguageModel:
         """One teacher-forced pass over rows; every statistic of `Scores` comes from the same logits.
 
         Args:
-            items: keys with their tokens; rows that share a prompt share its computation.
+            items: keys with their tokens; rows that share a prompt share its computation. Candidates other than
+                `answer` have no mean and variance (NaN), which are half of what logits cost.
             token_budget: tokens fed at once, `TOKEN_BUDGET` by default; the numbers do not depend on it.
         """
         rows = [row for _, row in items]
@@ -718,7 +719,10 @@ class LanguageModel:
         def read(group: Sequence[int]) -> dict[str, np.ndarray]:
             pack_ = pack([rows[i] for i in group], self.device)
             first, at = pack_.distinct
-            statistics = self.statistics(self.hidden_states(pack_)[first], pack_.target, at)
+            own = torch.tensor([items[i][0][1] == "answer" for i in group], device=self.device)[pack_.row]
+            moments = torch.zeros(len(first), dtype=torch.bool, device=self.device)
+            moments[at[own]] = True
+            statistics = self.statistics(self.hidden_states(pack_)[first], pack_.target, at, moments)
             part = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
             part["token"] = pack_.target.to(torch.int32).cpu().numpy()
             part["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
@@ -804,15 +808,18 @@ class LanguageModel:
         found = paths(self, texts, starts=[row.start for row in rows], shortest=shortest, progress=progress)
         return Continuations([key for key, _ in items], found, {"shortest": shortest, "subject": self.name})
 
-    def statistics(self, hidden: Tensor, target: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def statistics(
+        self, hidden: Tensor, target: Tensor, at: Tensor, moments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(logprob, hit, mean, variance) per answer token (n,). Logits live in chunks only.
 
         Args:
             hidden: (m, d) states; those that predict several tokens stand once.
             target: (n,) tokens.
             at: (n,) which state predicts each.
+            moments: (m,) states whose mean and variance are asked for, by default all.
         """
-        return token_statistics(self.head, hidden, target, at, self.vocabulary)
+        return token_statistics(self.head, hidden, target, at, self.vocabulary, moments)
 
     @cached_property
     def vocabulary(self) -> int:

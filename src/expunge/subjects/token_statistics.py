@@ -21,7 +21,12 @@ MOST_ELEMENTS = 1 << 24
 
 @torch.no_grad()
 def token_statistics(
-    head: Callable[[Tensor], Tensor], states: Tensor, target: Tensor, at: Tensor, vocabulary: int
+    head: Callable[[Tensor], Tensor],
+    states: Tensor,
+    target: Tensor,
+    at: Tensor,
+    vocabulary: int,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob, hit, mean, variance) per answer token (n,), as `Scores` has them.
 
@@ -31,18 +36,26 @@ def token_statistics(
         target: (n,) tokens.
         at: (n,) which state predicts each.
         vocabulary: V.
+        moments: (m,) states whose mean and variance are asked for, by default all; NaN for the others.
     """
     if not len(target):
         empty = states.new_zeros(0, dtype=torch.float32)
         return empty, empty.bool(), empty, empty
+    full = len(states)
+    if moments is not None:  # those stand first, so that the others go through without
+        full, place = int(moments.sum()), (~moments).long().argsort(stable=True)
+        states, at = states[place], place.argsort()[at]
     size = max(1, CHUNK_ELEMENTS // vocabulary)
+    starts = [*range(0, full, size), *range(full, len(states), size)]
+    sizes = [stop - start for start, stop in zip(starts, [*starts[1:], len(states)])]
     order = at.argsort(stable=True)
-    counts = torch.bincount(at, minlength=len(states)).split(size)
+    counts = torch.bincount(at, minlength=len(states)).split(sizes)
     picked, parts = [], []
-    for number, (chunk, tokens) in enumerate(zip(states.split(size), order.split([int(c.sum()) for c in counts]))):
+    for start, chunk, tokens in zip(starts, states.split(sizes), order.split([int(c.sum()) for c in counts])):
         logits = head(chunk).float()
-        picked.append(logits[at[tokens] - number * size, target[tokens]])
-        parts += [_moments(block) for block in logits.split(rows_at_once(logits))]
+        picked.append(logits[at[tokens] - start, target[tokens]])
+        looked = _moments if start < full else _normaliser
+        parts += [looked(block) for block in logits.split(rows_at_once(logits))]
     top, best, normaliser, mean, variance = (torch.cat(column) for column in zip(*parts))
     logprob = torch.cat(picked)[order.argsort()] - top[at] - normaliser[at]
     return logprob, best[at] == target, (mean - normaliser)[at], variance[at]
@@ -52,6 +65,14 @@ def rows_at_once(logits: Tensor) -> int:
     """How many rows of logits (k, V) are gone through at once."""
     most = BLOCK_ELEMENTS if logits.device.type == "cpu" else MOST_ELEMENTS
     return max(1, most // logits.shape[1])
+
+
+def _normaliser(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_moments`, without the two."""
+    top, best = logits.max(-1)
+    total = logits.sub_(top[:, None]).exp_().sum(-1)
+    unknown = torch.full_like(top, torch.nan)
+    return top, best, total.log(), unknown, unknown
 
 
 def _moments(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

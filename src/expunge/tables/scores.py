@@ -6,6 +6,7 @@ For target token y_t with next-token distribution p_t the table holds (specs: me
 - `hit`      h_t  = the token is the argmax; ties go to the smallest id
 - `mean`     mu_t = sum_v p_t(v) log p_t(v), minus the entropy
 - `variance` v_t  = sum_v p_t(v) log^2 p_t(v) - mu_t^2
+- both moments are NaN for candidates other than `answer`: nothing reads them there, and they cost as much as the rest
 - `end`           = the token closes the answer (end of sequence, end of turn) and is not part of its text
 
 Full logits are never stored.
