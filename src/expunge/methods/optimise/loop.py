@@ -687,7 +687,7 @@ def _train(
                     f"the loss is {float(value)} at step {index + 1} of {total}; nothing was written. "
                     "Lower training.learning_rate or the method's weights."
                 )
-            if index == 0:
+            if index == 0 and float(value):  # at a distance of exactly nothing there is no gradient either
                 log.warnings += _without_gradient(parameters)
             total_norm = norm([p.grad for p in parameters if p.grad is not None])
             optimiser.step(rate, total_norm, training.max_grad_norm)
