@@ -10,14 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metric_tables import scores
 from sklearn.metrics import roc_auc_score
+from tiny import tiny
 
-from expunge.errors import ParameterError
+from expunge.errors import ParameterError, TableError
 from expunge.metrics import measure
 from expunge.metrics.membership import auc_of
 from expunge.metrics.mia_loss import mia_loss
 from expunge.metrics.mia_min_k import mia_min_k
 from expunge.metrics.mia_min_k_plus_plus import mia_min_k_plus_plus
 from expunge.rows import Row
+from expunge.subjects.language import LanguageModel
+from expunge.tables.passes import ask_all
 from expunge.tables.view import NotApplicable, View
 
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
@@ -168,3 +171,29 @@ def test_attacks_need_holdout_rows(attack: str):
     view = tables([1, 2], [1])
     with pytest.raises(NotApplicable, match="there are no holdout rows"):
         measure.values(attack, replace(view, rows={"forget": view.rows["forget"]}))
+
+
+def test_the_shared_pass_takes_moments_of_own_answers():
+    subject = LanguageModel(*tiny("llama"))
+    data = {
+        rows: [
+            # The second row's own answer is the first one's wrong one, at the same question: it is scored once.
+            Row(id=f"{rows}0", prompt="where?", answer="Tivin", perturbed_answers=("in Carth",)),
+            Row(id=f"{rows}1", prompt="where?", answer="in Carth", perturbed_answers=("Osk",)),
+        ]
+        for rows in ("forget", "holdout")
+    }
+    view = ask_all(subject, data, 0)
+    for rows, members in data.items():
+        own = view.candidate(rows, ids=[row.id for row in members])
+        direct = subject.score([((row.id, "answer"), subject.encode(row)) for row in members])
+        np.testing.assert_allclose(own.mean, direct.mean, rtol=1e-5)
+        np.testing.assert_allclose(own.variance, direct.variance, rtol=1e-4)
+        wrong = view.scores[rows].candidate("perturbed/0")
+        assert np.isfinite(wrong.mean[: wrong.offsets[1]]).all()
+        # Its first token is predicted where the own answer's is.
+        assert np.isnan(wrong.mean[wrong.offsets[1] + 1 :]).all()
+    assert 0 <= mia_min_k_plus_plus(view).value <= 1
+    bare = replace(view.scores["forget"], mean=np.full_like(view.scores["forget"].mean, np.nan))
+    with pytest.raises(TableError, match="forget: no moments"):
+        mia_min_k_plus_plus(replace(view, scores={**view.scores, "forget": bare}))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from ..errors import TableError
 from ..tables.view import NotApplicable, View
 from .golds import golds_of, mean_over
 from .quantities import counted, smallest_means
@@ -65,6 +66,8 @@ def hardest(view: View, rows: str, ids: list[str], k: float, standardised: bool)
     keep, offsets = counted(table)
     values = table.logprob[keep]
     if standardised:
+        if np.isnan(table.mean[keep]).any():
+            raise TableError(f"scores of {rows}: no moments of its answers, which min_k_plus_plus is made of")
         values = (values - table.mean[keep]) / np.sqrt(np.maximum(table.variance[keep], LEAST_VARIANCE))
     return -smallest_means(values, offsets, k)
 

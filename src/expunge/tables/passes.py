@@ -212,7 +212,8 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
         members = [i for i in tables if (type(asks[i]), _setting(asks[i])) == (kind, setting)]
         content = [_content(subject, asks[i]) for i in members]
         order = _distinct(item for several in content for _, item in several)
-        items = [((str(n), "item"), item) for item, n in order.items()]
+        own = {item for several in content for (_, candidate), item in several if candidate == "answer"}
+        items = [((str(n), "answer" if item in own else "item"), item) for item, n in order.items()]
         table = _READ[kind](subject, setting, items, tell(len(order)))
         for i, several in zip(members, content):
             answers[i] = table.take([order[item] for _, item in several], [key for key, _ in several])
