@@ -86,10 +86,8 @@ class Structure:
 
     def reaching(self, taps: Taps) -> Structure:
         """As far as passes run that hand out `taps`."""
-        exit = None if taps.final else max((*taps.layers, *taps.routers))
-        last = self.blocks - 1 if exit is None else exit
-        everywhere = last in taps.layers and taps.positions == "all"
-        return replace(self, exit=exit, spares=self.spares and not everywhere)
+        last = self.blocks - 1 if taps.last is None else taps.last
+        return replace(self, exit=taps.last, spares=self.spares and not taps.everywhere(last))
 
     @property
     def whole(self) -> Structure:

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..errors import SubjectError
 from .fused import fused
 from .language import TOKEN_BUDGET, LanguageModel, cache_name
-from .packed import SHARED_BEGINNING, Encoded, attention_by, batches, configurations, pack
+from .packed import Encoded, attention_by, batches, common_beginning, configurations, pack
 
 Text = Sequence[int]
 Layers = list[tuple[Tensor, Tensor]]
@@ -262,13 +262,9 @@ class Contexts:
 
 
 def _alike(ids: Tensor, places: Sequence[Tensor]) -> int:
-    """How many tokens all of several beginnings have in common, their last ones left out; 0 where that is not many."""
-    shortest = min(map(len, places)) - 1
-    if len(places) < 2 or shortest < SHARED_BEGINNING:
-        return 0
-    rows = ids[torch.stack([at[:shortest] for at in places])]
-    common = int((rows == rows[0]).all(0).long().cumprod(0).sum())
-    return common if common >= SHARED_BEGINNING else 0
+    """How many tokens several beginnings have in common, as `common_beginning` counts them."""
+    shortest = min(map(len, places))
+    return common_beginning([tuple(row) for row in ids[torch.stack([at[:shortest] for at in places])].tolist()])
 
 
 IMPLEMENTATION = "expunge_contexts"

@@ -30,7 +30,7 @@ from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
-from .sparing import sparing
+from .sparing import mlp_of, sparing
 from .token_statistics import token_statistics
 
 if TYPE_CHECKING:
@@ -461,10 +461,9 @@ class LanguageModel:
 
     def _sparing(self, pack_: Pack, taps: Taps) -> AbstractContextManager[None]:
         """Within the block the MLP of the last block that runs takes only the tokens whose output anybody reads."""
-        last = len(self.blocks) - 1 if taps.final else max((*taps.layers, *taps.routers, *taps.chosen))
-        everywhere = last in taps.layers and taps.positions == "all"
+        last = len(self.blocks) - 1 if taps.last is None else taps.last
         mlp = self.blocks[last].mlp
-        if everywhere or len(pack_.read) == pack_.tokens or mlp is None or not self.can_spare:
+        if taps.everywhere(last) or len(pack_.read) == pack_.tokens or mlp is None or not self.can_spare:
             return nullcontext()
         return sparing(self.model.get_submodule(mlp), pack_.read)
 
@@ -533,9 +532,8 @@ class LanguageModel:
                     raise SubjectError(f"block {layer} of {self.name} does not say which experts its tokens take")
                 module = self.model.get_submodule(experts)
                 handles.append(module.register_forward_pre_hook(choose(layer), with_kwargs=True))
-            if not taps.final:
-                last = max((*taps.layers, *taps.routers, *taps.chosen))
-                handles.append(self.model.get_submodule(blocks[last].name).register_forward_hook(stop))
+            if taps.last is not None:
+                handles.append(self.model.get_submodule(blocks[taps.last].name).register_forward_hook(stop))
             try:
                 final = run()
             except _Stop:
@@ -555,7 +553,6 @@ class LanguageModel:
         if self._parts is None:
             from .anatomy import anatomy
             from .routing import caller
-            from .sparing import mlp_of
 
             shapes = {name: p.dim() for name, p in self.model.named_parameters()}
             self._parts = [

@@ -516,15 +516,7 @@ def _attend(
                 torch.cat([part[0].transpose(0, 1).expand(len(q), -1, -1, -1), one], dim=2)
                 for part, one in zip(parts[1:], (k, v))
             )
-        mask = pack_.mask(index, sliding_window)
-        if softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-        else:
-            weights = q @ k.transpose(-1, -2) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
-            weights = softcap * torch.tanh(weights / softcap)
-            if mask is None:
-                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-            out = weights.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        out = attention(q, k, v, pack_.mask(index, sliding_window), scaling, softcap)
         outputs.append(run.give(out))
     return torch.cat(outputs, dim=1).to(dtype), None
 
@@ -555,14 +547,16 @@ def _along_paths(
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    """(rows, heads, queries, d) of (rows, heads, ..., d) each; a mask is added to scores, without one it is causal."""
+    """(rows, heads, queries, d) of (rows, heads, ..., d) each; a mask says where to look or is added to scores, without
+    one it is causal."""
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = scores.new_full(scores.shape[-2:], float("-inf")).triu(1)
-    return (scores + mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)

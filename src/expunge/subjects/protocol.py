@@ -35,6 +35,15 @@ class Taps:
     positions: Literal["all", "answer"] = "all"
     """Where all but the final states are read: every fed token of every row, or those that predict the answer."""
 
+    @property
+    def last(self) -> int | None:
+        """The block that a pass ends after; None where it runs through all of them."""
+        return None if self.final else max((*self.layers, *self.routers, *self.chosen))
+
+    def everywhere(self, block: int) -> bool:
+        """Whether what a block gives out is read at tokens that predict no answer too."""
+        return block in self.layers and self.positions == "all"
+
 
 def innermost(subject: Any) -> Any:
     """The model inside all guards: a guard has no states of its own."""
