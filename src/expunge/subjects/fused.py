@@ -1,8 +1,9 @@
 """Norms and rotary positions in fewer passes over memory than a model's own code takes.
 
-On a CPU a third of a training step is element-wise work, most of it root-mean-square norms and rotations written as a
-dozen operators each. Within `fused` they are computed with fewer, forward and backward, and less is kept in between.
-What a model's own code does is tried out first, in fp32 and in bf16: only what gives the same is replaced.
+On a CPU up to a third of a training step is element-wise work, root-mean-square norms and rotations among it, written
+as a dozen operators each. Within `fused` they are computed with fewer, forward and backward, and less is kept in
+between. What a model's own code does is tried out first, in fp32 and in bf16: only what gives the same is
+replaced.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from torch.optim.adamw import adamw
 from .shards import is_part, local
 
 BLOCK = 1 << 22
-"""Weights of a block: 16 MiB of gradient in fp32. Smaller ones, which would stay in cache, take longer: reading ahead
-starts anew in five tensors for each of them."""
+"""Weights of a block: 16 MiB of gradient in fp32. Smaller ones, which would stay in cache, took up to twice as
+long."""
 
 
 class AdamW:
