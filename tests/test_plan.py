@@ -243,11 +243,13 @@ def test_peak_memory_is_within_a_quarter_of_the_process() -> None:
         assert 0.75 < planned / measured < 1.25, scope
 
 
-def test_the_loop_holds_what_the_plan_says() -> None:
-    """Eight bytes of optimiser state and four of gradient for every fp32 parameter that moves."""
+@pytest.mark.parametrize("scope", ["layers:1", "all"])
+def test_the_loop_holds_what_the_plan_says(scope: str) -> None:
+    """Eight bytes of optimiser state and four of gradient for every fp32 parameter that moves; of an embedding only the
+    rows that are fed do."""
     model, tokenizer = tiny("llama")
     subject, part, data = LanguageModel(model, tokenizer), registry.get("methods", "grad_diff"), people(8)
-    planned = estimate(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
+    planned = estimate(subject, part, {}, scope=scope, data=data, training=Training(steps=1))
     held: dict[str, int] = {}
 
     class Spy(loop.AdamW):
@@ -258,7 +260,9 @@ def test_the_loop_holds_what_the_plan_says() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "AdamW", Spy)
-        unlearn(subject, part, {}, scope="layers:1", data=data, training=Training(steps=1))
+        unlearn(subject, part, {}, scope=scope, data=data, training=Training(steps=1))
+    if scope == "all":
+        assert held["optimiser"] < 8 * planned["parameters"]["trainable"]
     assert held == {name: planned["memory"][name] for name in held}
 
 

@@ -16,7 +16,7 @@ from expunge.methods.optimise.latent_adversarial import adversary
 from expunge.methods.optimise.loop import Training, Turn, entries
 from expunge.methods.optimise.sharpness_aware import forget_gradient
 from expunge.methods.optimise.terms import Side, Step, negative_log_likelihood
-from expunge.methods.optimise.unlearn import _needs, _recipe, _working_copy, set_up, unlearn
+from expunge.methods.optimise.unlearn import _needs, _working_copy, recipe_of, set_up, unlearn
 from expunge.rows import Row
 from expunge.subjects.language import LanguageModel, weights_fingerprint
 
@@ -43,7 +43,7 @@ def turn(name, subject=None, scope="all", index=0, **settings):
     _needs(setup.case, setup.needs, setup.drawn)
     working, parameters, _ = _working_copy(setup.case, setup.resolved)
     stored = entries(subject, setup.drawn, setup.resolved.first_layer)
-    made = Turn(working, parameters, setup.drawn, _recipe(setup), index, {}, subject.head, stored)
+    made = Turn(working, parameters, setup.drawn, recipe_of(setup), index, {}, subject.head, stored)
     return part.function, made, setup.chain[0][1]
 
 
@@ -321,7 +321,7 @@ def test_it_begins_with_retain_rows_where_they_were(architecture):
     setup = set_up(subject, part, {}, scope=None, data=DATA, training=TRAINING)
     _needs(setup.case, setup.needs, setup.drawn)
     working, parameters, _ = _working_copy(setup.case, setup.resolved)
-    made = Turn(working, parameters, setup.drawn, _recipe(setup), 0, {}, subject.head)
+    made = Turn(working, parameters, setup.drawn, recipe_of(setup), 0, {}, subject.head)
     with torch.no_grad():
         sides = made.recipe.sides
         step = made._step(sides, made._states(made.rows(sides), range(len(made.rows(sides)))))

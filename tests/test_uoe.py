@@ -12,7 +12,7 @@ from expunge import registry
 from expunge.errors import ParameterError, ScopeError, SubjectError
 from expunge.methods.optimise.loop import Training, Turn, entries
 from expunge.methods.optimise.terms import Side
-from expunge.methods.optimise.unlearn import _needs, _recipe, _working_copy, set_up, unlearn
+from expunge.methods.optimise.unlearn import _needs, _working_copy, recipe_of, set_up, unlearn
 from expunge.methods.optimise.uoe import Anchor, affinity, anchored, sample, select
 from expunge.plan import estimate
 from expunge.rows import Row
@@ -44,7 +44,7 @@ def turn(subject, name="uoe", scope=None, **settings):
     _needs(setup.case, setup.needs, setup.drawn)
     working, parameters, _ = _working_copy(setup.case, setup.resolved)
     stored = entries(subject, setup.drawn, setup.resolved.first_layer)
-    return Turn(working, parameters, setup.drawn, _recipe(setup), 0, {}, subject.head, stored), setup
+    return Turn(working, parameters, setup.drawn, recipe_of(setup), 0, {}, subject.head, stored), setup
 
 
 # --- attribution -----------------------------------------------------------------------------------------------------

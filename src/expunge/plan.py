@@ -25,7 +25,8 @@ from .edits import EditRow
 from .errors import SubjectError
 from .methods.optimise.loop import Drawn, Training, draw
 from .methods.optimise.scope import Resolved, resolve
-from .methods.optimise.unlearn import set_up
+from .methods.optimise.table import fed_tokens
+from .methods.optimise.unlearn import recipe_of, set_up
 from .metrics.measure import Asked, more_tables
 from .registry import Part
 from .request import Request, check, named, read_data
@@ -163,7 +164,12 @@ def estimate(
     elif sampled:
         per_token = kept(subject, resolved, [row for side in sampled[0].values() for row in side])
     copied = sum(subject.model.get_parameter(name).numel() for name, *_ in resolved.slices)
-    memory = _memory(shape, resolved, copied, passes, per_token or 0.0, training, bool(held_out))
+    parameters = [subject.model.get_parameter(name) for name, _ in resolved.parameters]
+    still = 0
+    if (moving := fed_tokens(subject, parameters, drawn, recipe_of(setup), training)) is not None:
+        rows, width = subject.embedding.weight.shape  # type: ignore[union-attr]
+        still = (rows - len(moving)) * width
+    memory = _memory(shape, resolved, copied, still, passes, per_token or 0.0, training, bool(held_out))
     return {
         "parameters": {
             "total": shape.total,
@@ -225,6 +231,7 @@ def _memory(
     shape: Structure | Traced,
     resolved: Resolved,
     copied: int,
+    still: int,
     passes: list[Pass],
     per_token: float,
     training: Training,
@@ -234,17 +241,20 @@ def _memory(
 
     Args:
         copied: weights in tensors of which slices move; the working copy has its own.
+        still: weights of an embedding's rows that the run does not feed.
     """
     whole = sum(math.prod(size) for _, size in resolved.parameters)
     dense = whole + sum(math.prod(size) for *_, size in resolved.slices)
     adapters = resolved.trainable - dense
+    dense -= still
+    moving = dense + adapters
     masters = 4 * dense if shape.item == 2 else 0
     memory = {
         "weights": shape.total * shape.item + (whole + copied) * shape.item + 4 * adapters,
         "fp32 masters": masters,
         "gradients": dense * shape.item + 4 * adapters,
-        "optimiser": 8 * resolved.trainable,
-        "best so far (guard)": 4 * resolved.trainable if guarded else 0,
+        "optimiser": 8 * moving,
+        "best so far (guard)": 4 * moving if guarded else 0,
         "activations": per_token * max((min(p.tokens, training.micro_tokens) for p in passes), default=0),
         "logits": max((shape.logits(p.answers) for p in passes), default=0),
     }

@@ -79,16 +79,25 @@ class Gather:
             self.active = False
 
     @contextmanager
-    def embedding(self, module: nn.Embedding | None) -> Iterator[None]:
-        """Within the block a plain embedding takes part."""
+    def embedding(self, module: nn.Embedding | None, own: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
+        """Within the block a plain embedding takes part.
+
+        Args:
+            own: (k, d) rows that are in training in the table's place, and (V,) where a token's row stands among them.
+        """
         if module is None:
             yield
             return
+        padding = module.padding_idx
+        if own is not None and padding is not None:
+            padding = int(own[1][padding])
 
         def look_up(module: Any, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
-            if not arguments or not self.takes(module.weight):
+            weight = module.weight if own is None else own[0]
+            if not arguments or not self.takes(weight):
                 return output
-            return _Rows.apply(module.weight, arguments[0], output.detach(), module.padding_idx, self)  # type: ignore[no-any-return]
+            places = arguments[0] if own is None else own[1][arguments[0]]
+            return _Rows.apply(weight, places, output.detach(), padding, self)  # type: ignore[no-any-return]
 
         handle = module.register_forward_hook(look_up)
         try:

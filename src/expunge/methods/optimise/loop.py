@@ -34,6 +34,7 @@ from ...subjects.protocol import Progress, Taps
 from .adamw import AdamW
 from .shards import cut, is_part, like, local, norm, sharded, whole
 from .stop import Stop
+from .table import Table, fed_tokens
 from .terms import Head, Side, Step, chunked, negative_log_likelihood, token_logprob
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -90,10 +91,15 @@ class Drawn:
     """Steps of an epoch."""
 
     @property
+    def fed(self) -> list[Encoded]:
+        """The rows of all steps, as often as they come."""
+        return [self.rows[side][i] for step in self.steps for side, places in step.items() for i in places]
+
+    @property
     def tokens(self) -> tuple[int, int]:
         """(tokens fed, answer tokens) of the whole run, shared prompts counted once per row."""
-        chosen = [self.rows[side][i] for step in self.steps for side, places in step.items() for i in places]
-        return sum(len(row.ids) - 1 for row in chosen), sum(row.scored for row in chosen)
+        fed = self.fed
+        return sum(len(row.ids) - 1 for row in fed), sum(row.scored for row in fed)
 
 
 def draw(
@@ -366,7 +372,7 @@ def entries(subject: LanguageModel, drawn: Drawn, layer: int | None) -> Entries 
     """
     if not layer or not subject.can_enter:
         return None
-    chosen = [drawn.rows[side][i] for step in drawn.steps for side, places in step.items() for i in places]
+    chosen = drawn.fed
     rows = list(dict.fromkeys(chosen))
     width = subject.model.config.get_text_config().hidden_size
     size = sum(len(row.ids) for row in rows) * width * torch.finfo(subject.dtype).bits // 8
@@ -590,9 +596,15 @@ def train(
                 torch.distributed.broadcast(values, 0)
                 parameter.copy_(values)
     with sharded(subject, parameters) as stand_ins:
+        rows = None
+        if fed := fed_tokens(subject, stand_ins, drawn, recipe, training):
+            assert subject.embedding is not None
+            rows = Table(subject.embedding.weight, fed)
+            stand_ins = [rows.weight if p is rows.whole else p for p in stand_ins]
         return _train(
             subject,
             stand_ins,
+            rows,
             drawn,
             recipe,
             training,
@@ -610,6 +622,7 @@ def train(
 def _train(
     subject: LanguageModel,
     parameters: Sequence[nn.Parameter],
+    rows: Table | None,
     drawn: Drawn,
     recipe: Recipe,
     training: Training,
@@ -629,11 +642,18 @@ def _train(
     kept: dict[str, list[Tensor]] = {}
     outside = 0
     began = time.monotonic()
+
+    def settle() -> None:
+        """Give the model what the masters hold."""
+        optimiser.write_back()
+        if rows is not None:
+            rows.write()
+
     if checkpoint is not None:
         resumed = _resume(checkpoint, key, optimiser)
         if resumed is not None:
             first, log, best, kept, outside = resumed
-            optimiser.write_back()
+            settle()
     if first == 0 and processes.sharding() and not subject.sharded:
         log.warnings.append("FSDP had nothing to cut: no whole tensor or adapter of a block moves in this scope")
     guard = training.guard if held_out else None
@@ -680,7 +700,7 @@ def _train(
                 gather=gather,
                 asked=frozenset(log.nll),
             )
-            with gather.embedding(subject.embedding):
+            with gather.embedding(subject.embedding, None if rows is None else (rows.weight, rows.place)):
                 value = turn.backward() if recipe.around is None else recipe.around(turn)
             if not torch.isfinite(value):
                 raise TrainingError(
@@ -691,6 +711,8 @@ def _train(
                 log.warnings += _without_gradient(parameters)
             total_norm = norm([p.grad for p in parameters if p.grad is not None])
             optimiser.step(rate, total_norm, training.max_grad_norm)
+            if rows is not None:
+                rows.write()
             if recipe.after is not None:
                 with torch.no_grad():
                     recipe.after(turn, masters)
@@ -718,7 +740,7 @@ def _train(
         with torch.no_grad():
             for master, values in zip(masters, best):
                 master.copy_(values)
-        optimiser.write_back()
+        settle()
     if progress and index < total:
         progress(total, total)
     log.seconds = before + time.monotonic() - began

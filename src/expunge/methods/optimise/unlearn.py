@@ -157,7 +157,7 @@ def unlearn(
         working,
         parameters,
         drawn,
-        _recipe(setup),
+        recipe_of(setup),
         training,
         held_out=setup.held_out,
         frozen_head=subject.head,
@@ -328,7 +328,8 @@ def _reads(chain: Chain) -> tuple[set[str], list[str]]:
     return needs, [side for side in ("forget", "alternative", "retain") if side in named]
 
 
-def _recipe(setup: Setup) -> Recipe:
+def recipe_of(setup: Setup) -> Recipe:
+    """What the loop optimises."""
     chain, case = setup.chain, setup.case
     outer, outer_settings = chain[0]
     part, settings = chain[-1]
