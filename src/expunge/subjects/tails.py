@@ -9,8 +9,9 @@ only where states are read: nothing looks at what it gives elsewhere.
     each step                            +d   |  .    .    .      blocks above the layer
 
 The change is added to what the MLP of the layer gives. Where that is nothing but added to the residual stream, the
-blocks above start from the stream; where a norm follows the MLP (Gemma 2, OLMo 2), and in models whose keys and values
-cannot be cut, whole texts run. Which it is, is tried on the model itself.
+blocks above start from the stream, those of the common kind as one function (plain_tail.py); where a norm follows the
+MLP (Gemma 2, OLMo 2), and in models whose keys and values cannot be cut, whole texts run. Which it is, is tried on the
+model itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..errors import SubjectError
 from .anatomy import anatomy
 from .language import LanguageModel, _Skipped, _Stop, cache_name
+from .plain_tail import PlainTail
 from .sparing import sparing
 from .value_vectors import ValueMatrix, value_matrices
 
@@ -210,6 +213,7 @@ class Tails:
         self.clean = self._wanted(clean[self.lines, self.columns])
         """(states read, d) as they are."""
         self.stream = seen["streams"][layer][self.lines, self.columns]
+        self.plain: PlainTail | None = None
         self._pass: Callable[..., Tensor] = self._whole
         if self._can_cut(cache):
             self._cut(cache)
@@ -221,19 +225,20 @@ class Tails:
 
     def _first(self, change: Tensor) -> Tensor:
         """The first pass proves tails on this model: without a change their states are those of the whole pass."""
+        for make in (self._plain_tail, lambda: None):
+            try:
+                self.plain = make()
+                found = self._tail(change)
+                with torch.no_grad():
+                    still = self._tail(torch.zeros_like(change)) if bool(change.any()) else found
+            except Exception:  # any failure means that this model's tails do not run alone in this way
+                continue
+            tolerance = 1e-4 if self.subject.dtype in (torch.float32, torch.float64) else 5e-2
+            if bool((still.detach() - self.clean).abs().max() <= tolerance * self.clean.abs().max()):
+                self._pass = self._tail
+                return found
         self._pass = self._whole
-        try:
-            self.calls = self._recorded()
-            found = self._tail(change)
-            with torch.no_grad():
-                still = self._tail(torch.zeros_like(change)) if bool(change.any()) else found
-        except Exception:  # any failure means that this model's tails do not run alone
-            return self._whole(change)
-        tolerance = 1e-4 if self.subject.dtype in (torch.float32, torch.float64) else 5e-2
-        if not bool((still.detach() - self.clean).abs().max() <= tolerance * self.clean.abs().max()):
-            return self._whole(change)
-        self._pass = self._tail
-        return found
+        return self._whole(change)
 
     def through(self, change: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """As `states`, and (n, d) the residual stream after block `layer`, above the change, at each text's token."""
@@ -243,7 +248,7 @@ class Tails:
         seen: list[Tensor] = []
         block = self.subject.model.get_submodule(self.subject.blocks[layer].name)
         with hooked([block.register_forward_hook(lambda _, __, output: seen.append(_plain(output)))]):
-            states = self._pass(change, layer == len(self.subject.blocks) - 1)
+            states = self._pass(change, layer)
         column = 0 if self._pass == self._tail else torch.tensor(self.at, device=self.subject.device)
         return states, seen[0][self.lines[:, 0], column]
 
@@ -252,7 +257,7 @@ class Tails:
 
     # --- whole texts ------------------------------------------------------------------------------------------
 
-    def _whole(self, change: Tensor, every: bool = False) -> Tensor:
+    def _whole(self, change: Tensor, watched: int | None = None) -> Tensor:
         subject = self.subject
         rows, columns = self.lines[:, 0], torch.tensor(self.at, device=subject.device)
 
@@ -295,13 +300,16 @@ class Tails:
                 parts.append(part.gather(2, at))
             self.layers.append(_Fixed(*parts))
 
-    def _tail(self, change: Tensor, every: bool = False) -> Tensor:
+    def _tail(self, change: Tensor, watched: int | None = None) -> Tensor:
         """The blocks above on the tails, each called with what the decoder itself called it with.
 
         Args:
-            every: the last MLP too runs on every token.
+            watched: a layer whose block somebody looks at: its module runs, the last one on every token.
         """
+        if self.plain is not None and watched is None:
+            return self.plain.states(change.to(self.stream.dtype))
         stream = torch.cat([self.stream[:, :1] + change.to(self.stream.dtype)[:, None], self.stream[:, 1:]], 1)
+        every = watched == len(self.subject.blocks) - 1
         with nullcontext() if every else self._sparing(self.read):
             for block, arguments, named in self.calls:
                 stream = _plain(block(stream, *arguments, **named))
@@ -311,7 +319,24 @@ class Tails:
             states = part[1](states) if part is not None else states
         return states
 
-    def _recorded(self) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    def _plain_tail(self) -> PlainTail:
+        """The same as a function of its own.
+
+        Raises:
+            ValueError: something above is of another kind.
+        """
+        model, first = self.subject.model, self.layer + 1
+        if self.subject.dtype.itemsize < 4:
+            raise ValueError("models round to half precision in ways of their own")
+        above = zip(anatomy(model).blocks[first:], self.layers[first:], self.calls)
+        given = [(block, layer.keys, layer.values, named) for block, layer, (*_, named) in above]
+        plain = PlainTail(model, self.stream, self.read, given)
+        for layer, block in zip(self.layers[first:], plain.blocks):  # nothing is held twice
+            layer.keys, layer.values = (part[:, :, : block.before] for part in (block.keys, block.values))
+        return plain
+
+    @cached_property
+    def calls(self) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
         """Blocks above with the masks, positions and caches that the decoder hands them; no step moves these."""
         subject = self.subject
         cache = DynamicCache()

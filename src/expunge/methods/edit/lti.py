@@ -110,7 +110,7 @@ def _imitation(
         wanted, streams = _told_states(group, middle, context)
         outputs = subject.head(torch.cat([wanted, clean[count:]])).float().log_softmax(-1)
         middles = _read(subject, torch.cat([streams, stream[asked:]]))
-        said = group.of_texts(outputs[:count].gather(1, group.target[:, None])[:, 0]).exp()
+        said = group.of_texts(group.said(outputs)).exp()
     firsts = torch.tensor([len(fact.lookups) for fact in group.facts]).cumsum(0)
     known = [float(said[int(end) - len(fact.lookups)]) for fact, end in zip(group.facts, firsts)]
     for fact, probability in zip(group.facts, known):
@@ -134,7 +134,7 @@ def _imitation(
         each = _divergence(outputs, logprobs)
         further = torch.cat([group.of_texts(each[:count]), each[count:]])
         imitated = group.of_facts(share * (of_subject * apart + of_output * further))
-        return imitated + alpha * group.nll(logprobs[:count])
+        return imitated + alpha * group.nll(group.said(logprobs))
 
     return losses
 

@@ -29,6 +29,7 @@ from ...subjects.packed import Encoded
 from ...subjects.tails import Looked, Tails, look
 from ..optimise.importance import flowing
 from .case import EditCase
+from .told import told
 
 STARTERS = ("The", "Therefore", "Because", "I", "You")
 LENGTH = 10
@@ -261,10 +262,20 @@ class Together:
         """(T,) to (contexts,): the mean over the target tokens of each context."""
         return tokens.new_zeros(len(self.length)).index_add(0, self.text, tokens) / self.length
 
-    def nll(self, logprobs: Tensor) -> Tensor:
-        """(n,) negative log-likelihood of the target from (T, V): mean over contexts of means over tokens."""
-        said = logprobs.gather(1, self.target[:, None])[:, 0]
-        return said.new_zeros(len(self.facts)).index_add(0, self.fact[self.text], -self.weight * said)
+    @cached_property
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """(T,) the fact of each target token, and what its log-probability adds to the fact's loss."""
+        return self.fact[self.text], -self.weight
+
+    def said(self, logprobs: Tensor) -> Tensor:
+        """(T,) of the target from (T or more, V)."""
+        return logprobs[: len(self.target)].gather(1, self.target[:, None])[:, 0]
+
+    def nll(self, said: Tensor) -> Tensor:
+        """(n,) negative log-likelihood from (T,) log-probabilities of target tokens: mean over contexts of means over
+        tokens."""
+        facts, factor = self.mean
+        return said.new_zeros(len(self.facts)).index_add(0, facts, factor * said)
 
 
 Goal = Callable[[Together], Callable[[Tensor], Tensor]]
@@ -276,16 +287,20 @@ def published(group: Together) -> Callable[[Tensor], Tensor]:
     subject, tails = group.subject, group.tails
     count = len(group.target)
     described = group.owner[int(group.text.max()) + 1 :]
-    original = subject.head(tails.clean[count:]).float().log_softmax(-1).detach() if described else None
+    head = subject.linear_head
+    with torch.no_grad():
+        before = subject.head(tails.clean[count:]).float().log_softmax(-1)
     at = torch.tensor(described, device=group.device, dtype=torch.long)
 
     def losses(delta: Tensor) -> Tensor:
-        logprobs = subject.head(tails.states(delta[group.fact])).float().log_softmax(-1)
-        said, is_a = logprobs.split([count, len(described)])
-        total = group.nll(said)
-        if original is not None:
-            total = total.index_add(0, at, group.settings.kl * (is_a.exp() * (is_a - original)).sum(-1))
-        return total
+        states = tails.states(delta.index_select(0, group.fact))
+        if head is None:
+            logprobs = subject.head(states).float().log_softmax(-1)
+            now = logprobs[count:]
+            said, apart = group.said(logprobs), (now.exp() * (now - before)).sum(-1)
+        else:
+            said, apart = told(head, states, group.target, before)
+        return group.nll(said).index_add(0, at, group.settings.kl * apart)
 
     return losses
 
@@ -332,10 +347,11 @@ def _together(
     size = (looked.values if where == "value" else looked.streams)[layer][_first(group)].norm(dim=-1)
     aim = goal(Together(subject, group, tails, settings, owner, target, text))
 
+    decay = settings.decay / size.square()
+
     def losses(delta: Tensor) -> Tensor:
-        # The norm of a zero vector has no gradient; it is at its least there.
-        norm = delta.square().sum(-1).clamp_min(1e-24).sqrt()
-        return aim(delta) + settings.decay * norm / size.square()
+        # By the gradient that torch gives the norm of a zero vector, 0: it is at its least there.
+        return aim(delta) + decay * torch.linalg.vector_norm(delta, dim=-1)
 
     with flowing(subject.model, []):  # a graph of what delta moves, and of nothing else
         delta, log = _descend(losses, torch.zeros(len(group), tails.matrix.width, device=device), size, settings)
@@ -352,7 +368,7 @@ def _descend(losses: Any, delta: Tensor, size: Tensor, settings: Settings) -> tu
     mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
     going = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
     start = end = torch.zeros(len(delta))
-    steps = torch.zeros(len(delta), dtype=torch.long)
+    steps, most = torch.zeros_like(going, dtype=torch.long), settings.clamp * size
     for step in range(1, settings.steps + 1):
         delta.requires_grad_(True)
         with torch.set_grad_enabled(step < settings.steps):  # nothing moves after the last one
@@ -366,11 +382,10 @@ def _descend(losses: Any, delta: Tensor, size: Tensor, settings: Settings) -> tu
         delta = delta.detach()
         mean.lerp_(gradient, 0.1)
         square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        moved = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
-        new = delta - settings.learning_rate * moved
-        norm, most = new.norm(dim=-1), settings.clamp * size
-        new = new * (most / norm.clamp_min(1e-12)).clamp_max(1)[:, None]
+        root = (square / (1 - 0.999**step)).sqrt_().add_(1e-8)
+        new = torch.addcdiv(delta, mean, root, value=-settings.learning_rate / (1 - 0.9**step))
+        new *= (most / new.norm(dim=-1).clamp_min(1e-12)).clamp_max(1)[:, None]
         delta = torch.where(going[:, None], new, delta)
-        steps += going.cpu()
+        steps += going
     log = {"steps": steps.tolist(), "loss_before": start.tolist(), "loss_after": end.tolist()}
     return delta.detach(), log
