@@ -26,7 +26,7 @@ def deep(monkeypatch, name, **settings):
     monkeypatch.setitem(tiny.CONFIGS, name, (kind, {**known, "num_hidden_layers": 4, **settings}))
     model = loud(name)
     with torch.no_grad():  # norms and biases that do something
-        for name, p in model.model.named_parameters():
+        for p in model.model.parameters():
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     return model
