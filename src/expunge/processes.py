@@ -13,7 +13,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, NoReturn, TypeVar
 
 from .errors import LaunchError
@@ -162,6 +162,7 @@ def shared(
     of: Any = None,
     device: Any = None,
     progress: Callable[[int, int], None] | None = None,
+    through: Callable[[Callable[[W], R], Sequence[W]], Iterable[R]] = map,
 ) -> list[R]:
     """`[do(item) for item in work]`, each process doing every n-th item and getting all results.
 
@@ -172,6 +173,7 @@ def shared(
         work: the same in every process; items are sized, progress counts their elements.
         of: what the work is about, as anything whose `repr` says so: processes compare it.
         device: where results' tensors are wanted; None leaves them on the CPU where they came from another process.
+        through: as `map`, which does one item after another.
 
     Raises:
         RuntimeError: processes came with different work.
@@ -181,8 +183,9 @@ def shared(
     error: Exception | None = None
     done = 0
     try:
-        for item in work[rank() :: processes]:
-            mine.append(do(item))
+        own = work[rank() :: processes]
+        for item, found in zip(own, through(do, own)):
+            mine.append(found)
             done += processes * len(item)
             if progress:
                 progress(min(done, total), total)
@@ -203,8 +206,8 @@ def shared(
             raise error if number == rank() and error is not None else failed
         if other != key:
             raise RuntimeError(f"process {number} came to another pass than process {rank()}")
-    found = [parts[i % processes][2][i // processes] for i in range(len(work))]
-    return found if device is None else send_to_device(found, device)  # type: ignore[no-any-return]
+    every = [parts[i % processes][2][i // processes] for i in range(len(work))]
+    return every if device is None else send_to_device(every, device)  # type: ignore[no-any-return]
 
 
 def same(what: str, value: Any) -> None:

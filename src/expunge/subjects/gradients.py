@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
 from .quantised import is_quantised
+from .side_by_side import side_by_side
 from .sparing import sparing
 
 if TYPE_CHECKING:
@@ -59,11 +60,15 @@ def gradient_norms(
     many = bool(rows) and can_go_together(subject)
     groups = _groups(texts) if many else [[i] for i in range(len(texts))]
 
-    def read(group: Sequence[int]) -> list[np.ndarray]:
-        chosen = [texts[i] for i in group]
-        return list(_many(subject, chosen) if many else np.stack([_one(subject, row) for row in chosen]))
-
-    parts = subject.share(groups, read, of=[row.ids for row in texts], progress=progress)
+    of = [row.ids for row in texts]
+    parts: list[Any]
+    if many:
+        with _moving(list(subject.model.parameters()), False):
+            parts = side_by_side(
+                subject, groups, lambda model, group: _many(model, [texts[i] for i in group]), of=of, progress=progress
+            )
+    else:
+        parts = subject.share(groups, lambda group: _one(subject, texts[group[0]])[None], of=of, progress=progress)
     found = in_order(groups, parts)
     return names, np.stack(found) if found else np.zeros((0, len(names)), np.float32)
 
@@ -130,7 +135,8 @@ def _try(subject: LanguageModel) -> bool:
     rows = [Encoded(tuple(text[:length]), 4, 0, "") for text, length in zip(ids, (7, 9, 9))]
     plain = np.stack([_one(subject, row) for row in rows])
     try:
-        packed = _many(subject, rows)
+        with _moving(list(subject.model.parameters()), False):
+            packed = _many(subject, rows)
     except Exception:  # any failure means that this model's gradients cannot be told apart
         return False
     tolerance = 1e-4 if subject.dtype == torch.float32 else 5e-2
@@ -237,7 +243,10 @@ _KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _ma
 
 @torch.enable_grad()
 def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long."""
+    """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long.
+
+    Weights must not ask for gradients meanwhile.
+    """
     pack_ = pack(rows, subject.device, sharing="nothing")
     whole, predicting = _Rows([len(row.ids) - 1 for row in rows]), _Rows([row.scored for row in rows])
     mlp = subject.blocks[-1].mlp if subject.can_spare and len(pack_.read) < pack_.tokens else None
@@ -276,7 +285,7 @@ def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
 
         return forward
 
-    with _moving(list(subject.model.parameters()), False), subject.packing(pack_):
+    with subject.packing(pack_):
         with ExitStack() as stack:
             for _, module, norms in _owners(subject) or ():
                 stack.callback(module.register_forward_hook(watch(module, norms)).remove)

@@ -30,6 +30,7 @@ from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
+from .side_by_side import side_by_side
 from .sparing import mlp_of, sparing
 from .token_statistics import token_statistics
 
@@ -713,20 +714,20 @@ class LanguageModel:
         """
         rows = [row for _, row in items]
 
-        def read(group: Sequence[int]) -> dict[str, np.ndarray]:
-            pack_ = pack([rows[i] for i in group], self.device)
+        def read(subject: LanguageModel, group: Sequence[int]) -> dict[str, np.ndarray]:
+            pack_ = pack([rows[i] for i in group], subject.device)
             first, at = pack_.distinct
-            own = torch.tensor([items[i][0][1] == "answer" for i in group], device=self.device)[pack_.row]
-            moments = torch.zeros(len(first), dtype=torch.bool, device=self.device)
+            own = torch.tensor([items[i][0][1] == "answer" for i in group], device=subject.device)[pack_.row]
+            moments = torch.zeros(len(first), dtype=torch.bool, device=subject.device)
             moments[at[own]] = True
-            statistics = self.statistics(self.hidden_states(pack_)[first], pack_.target, at, moments)
+            statistics = subject.statistics(subject.hidden_states(pack_)[first], pack_.target, at, moments)
             part = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
             part["token"] = pack_.target.to(torch.int32).cpu().numpy()
             part["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
             return part
 
         groups = list(batches(rows, token_budget or TOKEN_BUDGET))
-        parts = self.share(groups, read, of=[row.ids for row in rows], progress=progress)
+        parts = side_by_side(self, groups, read, of=[row.ids for row in rows], progress=progress)
         order = [i for group in groups for i in group]
         columns = {
             name: np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, _TYPES[name])

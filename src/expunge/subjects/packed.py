@@ -15,6 +15,7 @@ Three ways of telling a model so, tried in this order and kept when a packed pas
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -475,7 +476,16 @@ def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) ->
 # --- attention, family by family ---------------------------------------------------------------------------------
 
 IMPLEMENTATION = "expunge_families"
-_active: list[Pack] = []
+
+
+class _Active(threading.local):
+    """The packs that passes of a thread are about, the innermost last."""
+
+    def __init__(self) -> None:
+        self.packs: list[Pack] = []
+
+
+_active = _Active()
 
 
 def _attend(
@@ -495,7 +505,7 @@ def _attend(
     """Attention of one layer over the active pack. query (1, heads, tokens, d), returns (1, tokens, heads, d)."""
     if s_aux is not None or position_bias is not None:
         raise SubjectError("this model's attention has sinks or biases; it cannot run family by family")
-    pack_ = _active[-1]
+    pack_ = _active.packs[-1]
     dtype = query.dtype
     if query.requires_grad and query.device.type == "cpu" and dtype.itemsize < 4:
         # The kernel's way back takes longer in bf16 than in fp32, these copies included.
@@ -568,12 +578,12 @@ def packed_attention(model: nn.Module, pack_: Pack) -> Iterator[None]:
 
     Keep it open until backward is done where activations are recomputed.
     """
-    _active.append(pack_)
+    _active.packs.append(pack_)
     try:
         with attention_by(configurations(model), IMPLEMENTATION), fused(model):
             yield
     finally:
-        _active.pop()
+        _active.packs.pop()
 
 
 def configurations(model: nn.Module) -> list[Any]:
