@@ -4,8 +4,9 @@
                                [--steps 5] [--repeats 3] [--threads 2] [--json FILE] [--peer open-unlearning/]
 
 Random weights and invented rows of TOFU's lengths: a prompt of 57-61 tokens, 37 of them a beginning that all prompts
-share, an answer of 18-39 tokens (28.6 in the mean); 8 forget and 8 retain rows in a step, other rows in every step. Our
-side is `unlearn` as users run it: clipping, AdamW, log and all. Jobs:
+share, an answer of 18-39 tokens (28.6 in the mean); 8 forget and 8 retain rows in a step. Every row comes three times,
+as in a run of three epochs: what our side stores of a row before it trains (`prepare`) is stored once. Our side is
+`unlearn` as users run it: clipping, AdamW, log and all. Jobs:
 
 - train: likelihood of 16 rows;    grad_diff, npo: with the likelihood of retain rows;
 - rmu: read after block 2 of 4, everything moves;    rmu3: the paper's three matrices.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -37,6 +39,8 @@ SHAPES = {
     "bigvocab": {"hidden_size": 512, "intermediate_size": 1376, "vocab_size": 128256},
 }
 BLOCKS = 4
+EPOCHS = 3
+"""How often a row comes."""
 READ = 2
 """Block after which RMU reads."""
 STEERING = 2.0
@@ -165,7 +169,7 @@ def setting(case: Case) -> tuple[Any, dict[str, Any], Any]:
     shared = ids(37)
     tokens: dict[str, Encoded] = {}
     data: dict[str, list[Row]] = {"forget": [], "retain": []}
-    each = case.batch * (case.steps + 1)
+    each = case.batch * math.ceil((case.steps + 1) / EPOCHS)
     _, _, _, sides = JOBS[case.job]
     for side in sides:
         for number in range(each * 2 // len(sides)):
@@ -174,7 +178,7 @@ def setting(case: Case) -> tuple[Any, dict[str, Any], Any]:
             tokens[name] = Encoded(shared + ids(prompt - 37 + answer), prompt, 1, name)
             data[side].append(Row(id=name, answer=name, prompt=name))
     size = case.batch * 2 // len(sides)
-    training = Training(epochs=1.0, batch_size=size, learning_rate=1e-5, seed=0, guard=None)
+    training = Training(steps=case.steps + 1, batch_size=size, learning_rate=1e-5, seed=0, guard=None)
     return subject, data, training
 
 

@@ -35,6 +35,7 @@ from expunge.request import load
 from expunge.rows import Row
 from expunge.run import run
 from expunge.subjects import decoding
+from expunge.subjects.entering import stored
 from expunge.subjects.language import LanguageModel
 
 CASES = {
@@ -123,7 +124,7 @@ def tables(subject, *, parts=False):
         "variance": scores.variance,
         "texts": [greedy.texts, sampled.texts, greedy.stopped, sampled.stopped],
         "hidden": subject.hidden([text for _, text in prompts]).numpy(),
-        "entries": torch.cat(subject.entries([item for _, item in encoded], 1)).numpy(),
+        "entries": torch.cat([states for (states,) in stored(subject, [item for _, item in encoded], 1)]).numpy(),
     }
 
 

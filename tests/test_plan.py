@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from expunge import registry
 from expunge.arithmetic import achieved
 from expunge.attacks.case import Case, carry_out
-from expunge.costs import Pass, kept, structure
+from expunge.costs import STAGES, Pass, kept, structure
 from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Guard, Training
 from expunge.methods.optimise.scope import resolve
@@ -120,20 +120,23 @@ def test_what_steps_reach_is_their_arithmetic_over_the_time_they_took() -> None:
     assert "flop_per_second" not in achieved(subject, replace(outcome, step_seconds={}), training)
 
 
-def test_steps_that_start_at_a_stored_prefix_are_counted_from_there() -> None:
+@pytest.mark.parametrize("scope", ["layers:2", "role:mlp_out@2"])
+def test_steps_that_start_at_a_stored_prefix_are_counted_from_there(scope: str) -> None:
     model, tokenizer = tiny("llama")
     subject, part, data = LanguageModel(model, tokenizer), registry.get("methods", "npo"), people(8)
     training = Training(epochs=4, batch_size=8, learning_rate=1e-4, guard=None)
-    assert all((subject.mode, subject.can_enter, subject.fingerprint))  # not part of what is counted
+    # Not part of what is counted.
+    assert all((subject.mode, subject.can_enter, subject.can_enter_inside(2), subject.fingerprint))
     settings = {"retain": "none"}
     with counting() as counted, sdpa_kernel(SDPBackend.MATH):
-        outcome = unlearn(subject, part, settings, scope="layers:2", data=data, training=training)
-    assert outcome.entry == 2
-    planned = estimate(subject, part, settings, scope="layers:2", data=data, training=training)["flops"]
+        outcome = unlearn(subject, part, settings, scope=scope, data=data, training=training)
+    assert outcome.entry == (2, "mlp_out" in scope)
+    planned = estimate(subject, part, settings, scope=scope, data=data, training=training)["flops"]
     steps = achieved(subject, outcome, training)["flops"]
     assert steps < 0.8 * planned["steps"]
-    prefix = sum(2 * m.size for m in structure(model, resolve("layers:2", model)).matrices if m.at[0] < 2)
-    tokens = planned["needs"] + prefix * sum(len(subject.encode(row).ids) - 1 for row in data["forget"])
+    entry = (2, STAGES["mlp_out"]) if "mlp_out" in scope else (2, 0)
+    prefix = sum(2 * m.size for m in structure(model, resolve(scope, model)).matrices if m.at < entry)
+    tokens = planned["needs"] + prefix * pack([subject.encode(row) for row in data["forget"]]).tokens
     assert steps + tokens == pytest.approx(counted.get_total_flops(), rel=0.08)
 
 

@@ -6,6 +6,7 @@ from tiny import ARCHITECTURES, tiny
 
 from expunge.errors import SubjectError
 from expunge.rows import Row
+from expunge.subjects.entering import laid, stored
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.packed import pack
 from expunge.subjects.protocol import Taps
@@ -21,10 +22,8 @@ def encoded(subject, count=4):
     ]
 
 
-def entry(subject, pack_, layer):
-    stored = subject.entries(pack_.rows, layer)
-    starts = [sum(len(row.ids) - 1 for row in pack_.rows[:i]) for i in range(len(pack_.rows))]
-    return layer, torch.cat(stored)[[starts[row] + at for row, at in pack_.owner]]
+def entry(subject, pack_, layer, inside=False):
+    return laid(layer, stored(subject, pack_.rows, layer, inside=inside), pack_)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -73,6 +72,41 @@ def test_early_exit_and_entry_have_the_loss_and_the_gradients_of_the_full_pass(a
         assert other[1].keys() == wanted.keys()
         for n, g in wanted.items():
             assert torch.allclose(other[1][n], g, atol=1e-6), n
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("architecture", PACKED)
+def test_entry_inside_a_block_has_the_loss_and_the_gradient_of_the_full_pass(architecture, layer):
+    subject = LanguageModel(*tiny(architecture))
+    block = subject.blocks[layer]
+    # A norm behind the MLP stands between its matrix and what the block gives.
+    assert subject.can_enter_inside(layer) == (
+        block.out is not None and architecture not in ("gemma2", "gemma3", "olmo2")
+    )
+    if not subject.can_enter_inside(layer):
+        return
+    pack_ = pack(encoded(subject))
+    weight = subject.model.get_parameter(f"{block.out}.weight")
+    for p in subject.model.parameters():
+        p.requires_grad_(p is weight)
+    ran = []
+    for name, module in subject.model.named_modules():
+        if name.startswith(block.name + ".") and name != block.out:
+            module.register_forward_hook(lambda module, *_: ran.append(module))
+
+    def gradient(entry_=None):
+        weight.grad = None
+        states = subject.states(pack_, Taps(layers=(layer,)), entry_)
+        ((states[f"layer.{layer}"] - 0.3).square().mean() + states["final"].square().mean()).backward()
+        return states["final"].detach(), weight.grad.clone()
+
+    whole = gradient()
+    inside = entry(subject, pack_, layer, inside=True)
+    assert ran
+    ran.clear()
+    for found, wanted in zip(gradient(inside), whole):
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    assert not ran
 
 
 @pytest.mark.parametrize("architecture", PACKED)

@@ -10,6 +10,7 @@ from tiny import tiny
 
 from expunge import registry
 from expunge.errors import ParameterError, ScopeError, SubjectError
+from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Training, Turn, entries
 from expunge.methods.optimise.terms import Side
 from expunge.methods.optimise.unlearn import _needs, _working_copy, recipe_of, set_up, unlearn
@@ -428,8 +429,8 @@ def test_the_prefix_below_the_expert_runs_once(monkeypatch):
     subject = mixture("mixtral")
     assert subject.can_enter
     stored = []
-    original = LanguageModel.entries
-    monkeypatch.setattr(LanguageModel, "entries", lambda *a: stored.append(a[2]) or original(*a))
+    original = loop.stored
+    monkeypatch.setattr(loop, "stored", lambda *a, **k: stored.append(a[2]) or original(*a, **k))
     outcome = run(subject, replace(TRAINING, steps=8), objective="npo", **ANY)
     (taken,) = outcome.summary["prepared"]["experts"]
     assert taken["block"] > 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import processes
-from .costs import Pass, Structure, Traced, shape_of
+from .costs import STAGES, Pass, Structure, Traced, shape_of
 from .methods.optimise.loop import Drawn, Training
 from .methods.optimise.unlearn import Preparation, Setup
 from .subjects.packed import Encoded, batches, pack
@@ -113,9 +113,10 @@ def achieved(subject: Any, outcome: Outcome, training: Training) -> dict[str, An
     setup, guard = outcome.setup, training.guard
     shape = shape_of(subject, setup.resolved)
     if isinstance(shape, Structure):
-        # Passes of an adversary start at the bottom.
-        entry = 0 if setup.case.adversary else outcome.entry or 0
-        shape = replace(shape.reaching(setup.case.taps), entry=entry)
+        shape = shape.reaching(setup.case.taps)
+        if outcome.entry is not None and not setup.case.adversary:  # whose passes may start at the bottom
+            layer, inside = outcome.entry
+            shape = replace(shape, entry=(layer, STAGES["mlp_out"] if inside else 0))
     steps = setup.drawn.steps[: outcome.summary["steps"]]
     rows = [rows_of(setup.drawn, step) for step in steps]
     counted = [step_flops(shape, setup, training, some) / processes.count() for some in rows]

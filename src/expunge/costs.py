@@ -77,8 +77,8 @@ class Structure:
     """Parameters that move, with adapters."""
     item: int
     """Bytes of a stored weight."""
-    entry: int = 0
-    """Block that passes start at."""
+    entry: Place = (-1, 0)
+    """Where passes start."""
     exit: int | None = None
     """Block that passes end after; None where they run through all blocks and the head."""
     spares: bool = False
@@ -92,18 +92,19 @@ class Structure:
     @property
     def whole(self) -> Structure:
         """Passes through everything."""
-        return replace(self, entry=0, exit=None, spares=False)
+        return replace(self, entry=(-1, 0), exit=None, spares=False)
 
     @property
     def run(self) -> range:
-        """The blocks that passes run through."""
-        return range(self.entry, self.blocks if self.exit is None else self.exit + 1)
+        """The blocks that passes run through from their beginning."""
+        block, stage = max(self.entry, (0, 0))
+        return range(block + (stage > 0), self.blocks if self.exit is None else self.exit + 1)
 
     @property
     def met(self) -> list[Matrix]:
         """The matrices that passes meet."""
         last = self.blocks if self.exit is None else self.exit
-        return [m for m in self.matrices if m.at[0] <= last and (m.at[0] >= self.entry or not self.entry)]
+        return [m for m in self.matrices if self.entry <= m.at and m.at[0] <= last]
 
     def after(self, *at: int) -> bool:
         """Whether something that moves stands before `at`."""
@@ -131,7 +132,7 @@ class Structure:
 
     def _tokens(self, matrix: Matrix, fed: Pass) -> int:
         """Tokens that a matrix meets in a pass."""
-        last = matrix.at[0] == self.run[-1] and matrix.role in ("mlp_in", "mlp_gate", "mlp_out")
+        last = bool(self.run) and matrix.at[0] == self.run[-1] and matrix.role in ("mlp_in", "mlp_gate", "mlp_out")
         return fed.read if self.spares and last else fed.tokens
 
     def _answers(self, fed: Pass) -> tuple[int, ...]:

@@ -309,6 +309,10 @@ class ImageClassifier:
         """(answers, d) features of the picture that each answer of the pack is about; gradients flow where enabled."""
         return self.states(pack_, Taps())["final"]
 
+    def can_enter_inside(self, layer: int) -> bool:
+        """Never."""
+        return False
+
     def states(self, pack_: Pack, taps: Taps, entry: Any = None) -> dict[str, Tensor]:
         """What one pass hands out: "final" (answers, d) features, "layer.2" (answers, c) what block 2 gives out, the
         mean over its places. Pictures that several rows are about run once.

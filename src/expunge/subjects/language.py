@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,10 +28,11 @@ from ..tables.paths import Continuations
 from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
+from .entering import Entry, entering, enters
 from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
 from .side_by_side import side_by_side
-from .sparing import mlp_of, sparing
+from .sparing import mlp_of, out_of, sparing
 from .token_statistics import token_statistics
 
 if TYPE_CHECKING:
@@ -66,28 +67,12 @@ class BlockParts(NamedTuple):
     """The module that is called with the experts chosen; None in a dense block and where they are called otherwise."""
     mlp: str | None
     """The module that holds a dense block's MLP and nothing else."""
+    out: str | None
+    """The one that it gives out through."""
 
 
 class _Stop(Exception):
     """Ends a pass after the highest block that anybody looks at."""
-
-
-class _Skipped(nn.Module):
-    """Stands in for a block whose output nobody needs; whatever the decoder's loop asks of it the block answers."""
-
-    def __init__(self, block: nn.Module, others: int) -> None:
-        super().__init__()
-        self.__dict__["block"] = block
-        self.others = others
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return hidden_states if self.others < 0 else (hidden_states, *([None] * self.others))
 
 
 class _States:
@@ -131,6 +116,7 @@ class LanguageModel:
         """Weights lie in parts over the processes of a launch (FSDP): every process must run every pass."""
         self._mode: str | None = None
         self._can_enter: bool | None = None
+        self._can_enter_inside: bool | None = None
         self._can_spare: bool | None = None
         self.cuts: dict[int, str] = {}
         """What `contexts.can_cut` found, by length: beginnings are shared, stand apart, or cannot be cut ("")."""
@@ -219,7 +205,7 @@ class LanguageModel:
         """The same subject around other weights."""
         made = LanguageModel(model, self.tokenizer, name or self.name, self.template)
         made._mode, made._can_enter, made._parts = self._mode, self._can_enter, self._parts
-        made._can_spare = self._can_spare
+        made._can_enter_inside, made._can_spare = self._can_enter_inside, self._can_spare
         made.cuts = self.cuts
         return made
 
@@ -435,11 +421,11 @@ class LanguageModel:
         with self.packing(pack_):
             return self.run_decoder(pack_)[pack_.predict]
 
-    def states(self, pack_: Pack, taps: Taps, entry: tuple[int, Tensor] | None = None) -> dict[str, Tensor]:
+    def states(self, pack_: Pack, taps: Taps, entry: Entry | None = None) -> dict[str, Tensor]:
         """What one pass hands out; gradients flow where enabled.
 
         Args:
-            entry: (k, input of block k (packed tokens, d)): the pass starts there and blocks below are not run.
+            entry: where the pass starts, with what is known there of every packed token.
 
         Returns:
             "final" (A, d) states at the positions that predict answer tokens; "layer.7" (P, d) residual stream after
@@ -455,7 +441,9 @@ class LanguageModel:
             parts = [self._row_reading(row, taps) for row in pack_.rows]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         spared = self._sparing(pack_, taps)  # which may have to be tried out first, on all blocks
-        with self._entering(entry), self.packing(pack_), spared:
+        if entry is not None:  # blocks have a dimension of batches
+            entry = replace(entry, states=entry.states[None], read=None if entry.read is None else entry.read[None])
+        with entering(self, entry), self.packing(pack_), spared:
             read = self._reading(taps, lambda: self.run_decoder(pack_))
         places = pack_.every if taps.positions == "all" else pack_.predict
         return {name: values[pack_.predict if name == "final" else places] for name, values in read.items()}
@@ -562,42 +550,14 @@ class LanguageModel:
                     next((name for name in block.router if block.experts and shapes[name] == 2), None),
                     caller(self.model, block) if block.experts else None,
                     mlp_of(block),
+                    out_of(block),
                 )
                 for block in anatomy(self.model).blocks
             ]
         return self._parts
 
-    @contextmanager
-    def _entering(self, entry: tuple[int, Tensor] | None) -> Iterator[None]:
-        """Within the block a pass runs no block below `entry[0]`, which gets `entry[1]` as its input."""
-        if entry is None:
-            yield
-            return
-        layer, states = entry
-        names = [block.name for block in self.blocks]
-        owner: nn.Module = self.model.get_submodule(names[0].rpartition(".")[0])
-        before = dict(owner._modules)
-        at = self.model.get_submodule(names[layer])
-
-        def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-            if arguments:
-                return (states[None], *arguments[1:]), named
-            return arguments, {**named, "hidden_states": states[None]}
-
-        handle = at.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            for index in range(layer):
-                key = names[index].rpartition(".")[2]
-                module = before[key]
-                assert module is not None
-                owner._modules[key] = _Skipped(module, self._others)
-            yield
-        finally:
-            handle.remove()
-            owner._modules.update(before)
-
     @cached_property
-    def _others(self) -> int:
+    def others(self) -> int:
         """What a block gives besides hidden states: -1 where it gives a plain tensor, else the number of others."""
         found: list[int] = []
 
@@ -619,8 +579,17 @@ class LanguageModel:
     def can_enter(self) -> bool:
         """Whether passes may start at a block above the first; tried once on a few rows."""
         if self._can_enter is None:
-            self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and _enters(self)
+            self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and enters(self, 1)
         return self._can_enter
+
+    def can_enter_inside(self, layer: int) -> bool:
+        """Whether passes may start at the matrix that a block's MLP gives out through; tried once, on the first block
+        that is asked for."""
+        if self.blocks[layer].out is None:
+            return False
+        if self._can_enter_inside is None:
+            self._can_enter_inside = self.mode != "rows" and enters(self, layer, inside=True)
+        return self._can_enter_inside
 
     @property
     def can_spare(self) -> bool:
@@ -635,22 +604,9 @@ class LanguageModel:
     def settle(self) -> None:
         """Try out now what is otherwise tried when a pass first needs it."""
         if self.can_enter:
-            _ = self._others
+            _ = self.others
         _ = self.can_spare
         _ = self.blocks, self.linear_head
-
-    @torch.no_grad()
-    def entries(self, rows: Sequence[Encoded], layer: int) -> list[Tensor]:
-        """Per row the input of block `layer` (at least 1) at its fed tokens, (len - 1, d)."""
-        taps = Taps(final=False, layers=(layer - 1,))
-
-        def read(group: Sequence[int]) -> list[Tensor]:
-            pack_ = pack([rows[i] for i in group], self.device)
-            parts = self.states(pack_, taps)[f"layer.{layer - 1}"].split([len(rows[i].ids) - 1 for i in group])
-            return [part.clone() for part in parts]
-
-        groups = list(batches(rows, TOKEN_BUDGET))
-        return in_order(groups, self.share(groups, read, of=[row.ids for row in rows], progress=None))
 
     @contextmanager
     def perturbed(self, layer: int, delta: Tensor) -> Iterator[None]:
@@ -997,24 +953,6 @@ def _choose_mode(model: LanguageModel) -> str:
         if states.shape == plain.shape and float((states - plain).abs().max()) <= tolerance:
             return mode
     return "rows"
-
-
-def _enters(model: LanguageModel) -> bool:
-    """Whether a pass that starts at block 1 equals a whole one."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.vocabulary, (4, 9), generator=generator).tolist()
-    rows = [Encoded((*ids[0][:5], *row), 8, 0, "") for row in ids]
-    pack_ = pack(rows, model.device)
-    with torch.no_grad():
-        whole = model.hidden_states(pack_).float()
-        try:
-            stored = torch.cat(model.entries(rows, 1))
-            starts = [sum(len(row.ids) - 1 for row in rows[:i]) for i in range(len(rows))]
-            index = torch.tensor([starts[row] + at for row, at in pack_.owner], device=model.device)
-            entered = model.states(pack_, Taps(), (1, stored[index]))["final"].float()
-        except Exception:  # any failure means that this model cannot be entered
-            return False
-    return bool((whole - entered).abs().max() <= 1e-5 * whole.abs().max())
 
 
 def _spares(model: LanguageModel) -> bool:

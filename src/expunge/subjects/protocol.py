@@ -88,7 +88,10 @@ class Subject(Protocol):
 
     @property
     def can_enter(self) -> bool:
-        """Whether passes may start at a block above the first (`entries`)."""
+        """Whether passes may start at a block above the first (subjects/entering.py)."""
+
+    def can_enter_inside(self, layer: int) -> bool:
+        """Whether passes may start at the matrix that a block's MLP gives out through."""
 
     @property
     def linear_head(self) -> nn.Linear | None:

@@ -12,8 +12,8 @@ restored layer is the corrupted run itself: it is kept, and a batch begins at th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from ..edits import EditRow
 from ..errors import ParameterError, RowError
 from ..tables.store import content_key
 from .anatomy import Block, anatomy
+from .entering import Entry, entering
 from .language import LOGIT_ELEMENTS
 from .packed import in_order
 from .watch import attention
@@ -245,7 +246,7 @@ class Corrupted:
                 hook = _put(self.clean_states[kind][layer], rows, tokens)
                 stack.callback(module_of(subject, kind, layer).register_forward_hook(hook).remove)
             if entry and subject.can_enter:
-                stack.enter_context(_entering(subject, entry, self.streams[entry - 1][of]))
+                stack.enter_context(entering(subject, Entry(entry, self.streams[entry - 1][of])))
             found: Tensor = subject.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
         return found
 
@@ -265,31 +266,6 @@ def _put(clean: Tensor, rows: list[int], tokens: list[int]) -> Callable[..., Any
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     return hook
-
-
-@contextmanager
-def _entering(subject: LanguageModel, layer: int, states: Tensor) -> Iterator[None]:
-    """Within the block a batch begins at a block, which gets `states` (rows, tokens, d)."""
-    from .language import _Skipped
-
-    names = [block.name for block in subject.blocks]
-    owner = subject.model.get_submodule(names[0].rpartition(".")[0])
-    before = dict(owner._modules)
-
-    def enter(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        return ((states, *arguments[1:]), named) if arguments else (arguments, {**named, "hidden_states": states})
-
-    handle = subject.model.get_submodule(names[layer]).register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        for name in names[:layer]:
-            key = name.rpartition(".")[2]
-            block = before[key]
-            assert block is not None
-            owner._modules[key] = _Skipped(block, subject._others)
-        yield
-    finally:
-        handle.remove()
-        owner._modules.update(before)
 
 
 def window(layer: int, layers: int, width: int) -> tuple[int, ...]:

@@ -29,6 +29,12 @@ def mlp_of(block: Block) -> str | None:
     return found if found.startswith(block.name + ".") else None
 
 
+def out_of(block: Block) -> str | None:
+    """The module through which the whole of a block's dense MLP gives out; None where there is none."""
+    owners = {name.rpartition(".")[0] for name in block.mlp_out}
+    return owners.pop() if len(owners) == 1 and mlp_of(block) is not None else None
+
+
 @contextmanager
 def sparing(mlp: nn.Module, read: Tensor) -> Iterator[None]:
     """Within the block an MLP runs on the tokens `read` (m,) alone of all that it is called with (..., d); for others

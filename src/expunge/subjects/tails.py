@@ -30,7 +30,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import SubjectError
 from .anatomy import anatomy
-from .language import LanguageModel, _Skipped, _Stop, cache_name
+from .entering import Skipped
+from .language import LanguageModel, _Stop, cache_name
 from .plain_tail import PlainTail
 from .sparing import sparing
 from .value_vectors import ValueMatrix, value_matrices
@@ -359,7 +360,7 @@ class Tails:
                 key = name.rpartition(".")[2]
                 block = before[key]
                 assert block is not None
-                stand_in = owner._modules[key] = _Skipped(block, subject._others)
+                stand_in = owner._modules[key] = Skipped(block, subject.others)
                 if number > self.layer:
                     handles.append(stand_in.register_forward_pre_hook(record, with_kwargs=True))
             with torch.no_grad():

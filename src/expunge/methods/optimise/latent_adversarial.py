@@ -79,13 +79,9 @@ def latent_adversarial(
     projected Adam so that the forgotten answer becomes likely; the retain term is taken without it. `layer` None is the
     block below the lowest one the objective reads, or 0.22 of the depth.
     """
-    entries = turn.entries
-    if entries is not None and entries.layer > turn.recipe.given["attacked"]:
-        turn.entries = None  # passes that start above the block would see no shift
     delta = adversary(turn, radius, inner_steps, inner_rate, positions)
     with turn.perturbed(turn.recipe.given["attacked"], delta):
         loss = turn.backward("forget")
-    turn.entries = entries
     return loss + turn.backward("retain")
 
 

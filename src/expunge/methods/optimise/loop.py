@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ... import processes
 from ...errors import RequestError, TrainingError
 from ...files import complete_folder, save_tensors
+from ...subjects.entering import Entry, Stored, laid, stored
 from ...subjects.gather import Gather
 from ...subjects.head import KEEP_ELEMENTS, linear_logprob
 from ...subjects.language import LanguageModel
@@ -331,10 +332,12 @@ class Turn:
         """What the taps read in one pass over `members` of the part's rows."""
         chosen = [rows[i] for i in members]
         pack_ = pack(chosen, self.subject.device)
-        entry = self.entries.lay(pack_) if self.entries is not None else None
         if self.shift is None:
+            entry = self.entries.lay(pack_) if self.entries is not None else None
             return self.subject.states(pack_, self.recipe.taps, entry)
         layer, delta = self.shift
+        # A pass that starts above the block would see no shift.
+        entry = self.entries.lay(pack_) if self.entries is not None and self.entries.below(layer) else None
         starts = _starts(rows)
         owner = self._owners[[starts[members[row]] + at for row, at in pack_.owner]].to(delta.device)
         with self.subject.perturbed(layer, delta[owner]):
@@ -348,37 +351,50 @@ def _starts(rows: Sequence[Encoded]) -> list[int]:
 
 @dataclass
 class Entries:
-    """Inputs of the lowest block that anything moves in, per row: passes start there (the frozen prefix)."""
+    """What passes that start above the frozen prefix need of every row."""
 
     layer: int
-    states: dict[Encoded, Tensor]
+    """The lowest block that anything moves in."""
+    inside: bool
+    """Of that block only the matrix moves that its MLP gives out through, and passes start there."""
+    rows: dict[Encoded, Stored]
 
-    def lay(self, pack_: Pack) -> tuple[int, Tensor]:
-        """(block, (packed tokens, d))"""
-        rows = [self.states[row] for row in pack_.rows]
-        starts = list(itertools.accumulate((len(part) for part in rows), initial=0))
-        index = torch.tensor([starts[row] + at for row, at in pack_.owner])
-        return self.layer, torch.cat(rows)[index.to(rows[0].device)]
+    def below(self, block: int) -> bool:
+        """Whether passes run the whole of a block."""
+        return self.layer + self.inside <= block
+
+    def lay(self, pack_: Pack) -> Entry:
+        return laid(self.layer, [self.rows[row] for row in pack_.rows], pack_)
 
 
 ENTRY_BYTES = 2 << 30
-"""Inputs of the lowest trained block are stored up to this size."""
+"""What passes start from is stored up to this size."""
 
 
-def entries(subject: LanguageModel, drawn: Drawn, layer: int | None) -> Entries | None:
-    """What the start model feeds into block `layer` for every row drawn, where storing it pays.
+def entries(subject: LanguageModel, drawn: Drawn, layer: int | None, *, inside: bool = False) -> Entries | None:
+    """What the start model hands to the lowest thing that moves, for every row drawn, where storing it pays.
 
-    It pays where rows come more than once and fit `ENTRY_BYTES`; below a block 0 there is nothing to save.
+    It pays where rows come more than once and fit `ENTRY_BYTES`.
+
+    Args:
+        layer: the lowest block that anything moves in; None where something below the blocks does.
+        inside: of that block only the matrix moves that its MLP gives out through.
     """
-    if not layer or not subject.can_enter:
+    fed = drawn.fed
+    rows = list(dict.fromkeys(fed))
+    if layer is None or len(fed) < 1.5 * len(rows):
         return None
-    chosen = drawn.fed
-    rows = list(dict.fromkeys(chosen))
+    # FSDP gathers a block's weights when the block itself is run.
+    inside = inside and not processes.sharding() and subject.can_enter_inside(layer)
+    if not inside and not (layer and subject.can_enter):
+        return None
     width = subject.model.config.get_text_config().hidden_size
-    size = sum(len(row.ids) for row in rows) * width * torch.finfo(subject.dtype).bits // 8
-    if size > ENTRY_BYTES or len(chosen) < 1.5 * len(rows):
-        return None
-    return Entries(layer, dict(zip(rows, subject.entries(rows, layer))))
+    if inside:
+        width += subject.model.get_parameter(f"{subject.blocks[layer].out}.weight").numel() // width
+    size = sum(len(row.ids) - 1 for row in rows) * width * torch.finfo(subject.dtype).bits // 8
+    if size > ENTRY_BYTES:
+        return entries(subject, drawn, layer) if inside else None
+    return Entries(layer, inside, dict(zip(rows, stored(subject, rows, layer, inside=inside))))
 
 
 def _sides(turn: Turn, sides: Sequence[str], states: Mapping[str, Tensor]) -> dict[str, Side]:

@@ -88,6 +88,8 @@ class Resolved:
     first_layer: int | None
     """Lowest block in which something moves; None where something below the blocks does, or nothing in them."""
     last_layer: int | None
+    first_is_out: bool = False
+    """Of the lowest block nothing moves but the matrix that its MLP gives out through."""
     slices: list[Slice] = field(default_factory=list)
     """Tensors of which only some experts move: (name, their places, shape of what moves)."""
     columns: list[Column] = field(default_factory=list)
@@ -177,6 +179,8 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
             trainable += lora.r * sum(sides)
             layers.append(parts.layer(target + ".weight"))
     inside = [layer for layer in layers if layer is not None]
+    moving = [*chosen, *(matrix.name for matrix in columns), *(f"{t}.weight" for t in (lora.targets if lora else ()))]
+    lowest = {name for name in moving if parts.layer(name) == min(inside, default=None)}
     below = {name for role in ("embedding", "other") for _, name in parts.roles[role]}
     total = sum(p.numel() for p in tensors.values())
     return Resolved(
@@ -187,6 +191,7 @@ def resolve(scope: str | Mapping[str, Any], model: nn.Module) -> Resolved:
         share=trainable / total,
         first_layer=None if not inside or any(name in below for name in chosen) else min(inside),
         last_layer=max(inside, default=None),
+        first_is_out=lowest <= {name for _, name in parts.roles["mlp_out"]},
         slices=slices,
         columns=[(matrix, tuple(sorted(dims))) for matrix, dims in columns.items()],
         notes=_notes(model, chosen),

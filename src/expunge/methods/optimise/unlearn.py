@@ -46,8 +46,8 @@ class Outcome:
     """What the run had decided before it began."""
     step_seconds: dict[int, float]
     """Time of each step (1, 2 ...) but the first one that this process made: it warms up."""
-    entry: int | None
-    """The block that passes started at, where what is below it was stored."""
+    entry: tuple[int, bool] | None
+    """The block that passes started at, and whether inside it, where what is below was stored."""
 
 
 @dataclass
@@ -142,7 +142,8 @@ def unlearn(
         {name: [row.ids for row in items] for name, items in rows.items()},
     )
     processes.same("scope, rows or settings", key)
-    stored, watch = entries(subject, drawn, resolved.first_layer), _Stopwatch(progress)
+    stored = entries(subject, drawn, resolved.first_layer, inside=resolved.first_is_out)
+    watch = _Stopwatch(progress)
     rule, checks = setup.rule, range(0)
     if rule is not None:
         rule.measure(subject)
@@ -201,7 +202,7 @@ def unlearn(
         working,
         setup,
         watch.seconds(len(log.loss)),
-        stored.layer if stored is not None else None,
+        None if stored is None else (stored.layer, stored.inside),
     )
 
 
