@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from tiny import loud
+from torch.utils.flop_counter import FlopCounterMode
 
 from expunge.methods.edit.told import told
 from expunge.subjects.tails import Tails
@@ -39,7 +40,7 @@ def deep(monkeypatch, name, **settings):
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("llama", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
-        ("qwen2", {}),
+        ("qwen2", {"hidden_act": "gelu_pytorch_tanh"}),
         ("mistral", {}),
     ],
 )
@@ -83,11 +84,27 @@ def test_a_model_that_computes_something_else_runs_its_own_code(monkeypatch):
         handle.remove()
 
 
+def test_products_are_counted(monkeypatch):
+    made = tails(deep(monkeypatch, "llama"), 0)
+    change = torch.zeros(3, 32, requires_grad=True)
+    flops = []
+    for plain in (made.plain, None):
+        made.plain = plain
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(made.states(change).sum(), [change])
+        flops.append(counter.get_total_flops())
+    assert 0 < flops[0] < flops[1]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "phi", "bloom", "qwen3"])
 def test_blocks_of_another_kind_run_their_own_code(name):
     made = tails(loud(name), 0)
     assert made._pass == made._tail
     assert made.plain is None
+
+
+def test_an_unknown_activation_runs_its_own_code(monkeypatch):
+    assert tails(deep(monkeypatch, "llama", hidden_act="relu2"), 0).plain is None
 
 
 def test_half_precision_runs_its_own_code(monkeypatch):

@@ -14,6 +14,7 @@ out by the caller (tails.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ from .fused import _eps, _style
 
 Kept = tuple[Tensor, ...]
 """What a way back needs of the way there."""
+ACTS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    (F.silu, torch.ops.aten.silu_backward),
+    (F.gelu, torch.ops.aten.gelu_backward),
+    (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+)
+"""Activations of gates, and from (gradient, input) the gradient by the input."""
+
+
+def _act(found: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The one of `ACTS` that gives what a model's own does."""
+    x = torch.linspace(-6, 6, 49, device=like.device, dtype=like.dtype)
+    for known in ACTS:
+        if torch.allclose(known[0](x), found(x), rtol=1e-6, atol=1e-6):
+            return known
+    raise ValueError("no activation of a known kind")
 
 
 class _Norm:
@@ -91,7 +107,7 @@ class _Block:
         self.first, self.second = (_Norm(model.get_submodule(name.rpartition(".")[0])) for name in block.norm)
         attention, mlp = (model.get_submodule(names[0].rsplit(".", 2)[0]) for names in (block.qkv, block.mlp_gate))
         self.scale: float = attention.scaling  # type: ignore[assignment]
-        self.act: Callable[[Tensor], Tensor] = mlp.act_fn  # type: ignore[assignment]
+        self.act, self.act_back = _act(mlp.act_fn, keys)  # type: ignore[arg-type]
         self.n, self.groups, self.before, self.width = keys.shape
         self.heads = len(self.q.weight) // self.width
         cos, sin = named["position_embeddings"]
@@ -182,18 +198,16 @@ class _Block:
         out = self._by_token(torch.bmm(weights, values), self.heads).flatten(2).flatten(0, 1)
         y = self.o.forward(out if self.kept is None else out.index_select(0, self.kept), others)
         m, second = self.second.forward(y)
-        gate, up = self.gate.forward(m).requires_grad_(True), self.up.forward(m)
-        with torch.enable_grad():
-            acted = self.act(gate)
-        z = self.down.forward(acted.detach() * up, y)
+        gate, up = self.gate.forward(m), self.up.forward(m)
+        acted = self.act(gate)
+        z = self.down.forward(acted * up, y)
         return z, (*first, *second, query, key, value, weights, gate, acted, up)
 
     def backward(self, to_z: Tensor, kept: Kept) -> Tensor:
         """(n * moving, d) by what moves."""
         *norms, query, key, value, weights, gate, acted, up = kept
         inner = self.down.backward(to_z)
-        (to_gate,) = torch.autograd.grad(acted, [gate], inner * up)
-        to_m = self.gate.backward(to_gate).addmm_(inner.mul_(acted.detach()), self.up.weight)
+        to_m = self.gate.backward(self.act_back(inner * up, gate)).addmm_(inner.mul_(acted), self.up.weight)
         to_y = self.second.backward(to_m, tuple(norms[2:])).add_(to_z)
         to_out = self.o.backward(to_y)
         if self.kept is not None and self.asked is not None:
