@@ -345,7 +345,7 @@ def test_rows_that_do_not_fit_are_refused_with_both_lengths():
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_models_that_cannot_be_used_are_refused(tmp_path):
+def test_models_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
     model, tokenizer = tiny("llama")
     subject = LanguageModel(model, tokenizer)
 
@@ -379,6 +379,8 @@ def test_models_that_cannot_be_used_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     refused(tmp_path / "truncated", "cannot be loaded")
     subject.save(tmp_path / "fine")
+    monkeypatch.chdir(tmp_path)
+    refused("fin", "fin is no folder here. Did you mean fine.*As a hub id it cannot be loaded either")
     with pytest.raises(SubjectError, match="not a torch type"):
         LanguageModel.load(tmp_path / "fine", dtype="float3")
     with pytest.raises(SubjectError, match="device"):

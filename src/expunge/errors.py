@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ExpungeError(Exception):
@@ -127,3 +128,14 @@ def suggest(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     near = nearest(name, names)
     return f"Did you mean {' or '.join(near)}?" if near else f"Valid: {', '.join(names) or 'none'}."
+
+
+def no_model(name: str, error: Exception) -> str:
+    """A sentence on a model that is no folder, or a folder that cannot be read, with what the library said of it."""
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    path = Path(name)
+    if path.exists():
+        return f"model {name} cannot be loaded: {said}"
+    beside = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    near = f" Did you mean {' or '.join(found)}?" if (found := nearest(name, beside)) else ""
+    return f"model {name} is no folder here.{near} As a hub id it cannot be loaded either: {said}"

@@ -279,6 +279,8 @@ class Evidence:
 
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise OutputError(f"{path} does not exist; {path.parent} is no folder of a run that has ended") from None
         except (OSError, ValueError) as error:
             raise OutputError(f"{path} is not a readable evidence file: {error}") from None
         if data.get("schema") != SCHEMA_VERSION:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..errors import RowError, SubjectError, suggest
+from ..errors import RowError, SubjectError, no_model, suggest
 from ..pictures import Picture
 from ..registry import subject
 from ..tables.generations import Generations
@@ -127,7 +127,7 @@ class ImageClassifier:
                 path, dtype=wanted, use_safetensors=True, output_loading_info=True
             )
         except Exception as error:  # transformers raises a dozen kinds here
-            raise SubjectError(f"model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise SubjectError(no_model(name, error)) from error
         finally:
             logging.set_verbosity(level)
         if info["missing_keys"]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..errors import RowError, SubjectError
+from ..errors import RowError, SubjectError, no_model
 from ..registry import subject
 from ..rows import Row
 from ..tables.generations import Generations
@@ -173,7 +173,7 @@ class LanguageModel:
         except SubjectError:
             raise
         except Exception as error:  # transformers raises a dozen kinds here
-            raise SubjectError(f"model {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise SubjectError(no_model(name, error)) from error
         finally:
             logging.set_verbosity(level)
         if info["missing_keys"]:
