@@ -329,7 +329,7 @@ def ours(case: Case) -> dict[str, Any]:
         ask_all(reference, {n: [replace(row, paraphrased_answer="") for row in s] for n, s in plain.items()}, 0)
         marks.append(("reference", *clock()))
     spent: dict[str, float] = {}
-    for name in ("score", "generate", "gradients", "continuations"):
+    for name in ("score", "generate", "gradients_and_scores", "continuations"):
         setattr(model, name, timed(spent, name, getattr(model, name)))
     view = replace(ask_all(model, data, NEW_TOKENS, written=written, more=more_tables(asked)), golds=[gold])
     marks.append(("tables", *clock()))

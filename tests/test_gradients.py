@@ -11,6 +11,8 @@ from expunge.rows import Row
 from expunge.subjects import gradients
 from expunge.subjects.language import LanguageModel
 from expunge.tables.gradients import Gradients
+from expunge.tables.passes import Pull, Score, run
+from expunge.tables.scores import COLUMNS
 
 ANSWERS = ["Tivin", "in the north of Carth", "in the north", "Carth, where she was born", "T"]
 
@@ -136,3 +138,55 @@ def test_quantised_tensors_have_no_norm_and_the_others_keep_theirs():
     assert np.isnan(norms[:, at]).all()
     kept = [i for i in range(len(names)) if i != at]
     assert np.allclose(norms[:, kept], wanted[:, kept], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])  # the last one goes row by row
+def test_scores_come_with_gradients_and_are_those_of_a_pass_of_their_own(name):
+    subject = LanguageModel(*tiny(name), name)
+    chosen = items(subject)
+    assert all(row.closing for _, row in chosen)
+    table, scores = subject.gradients_and_scores(chosen)
+    assert np.allclose(table.norm, subject.gradients(chosen).norm, rtol=1e-5, atol=1e-6, equal_nan=True)
+    alone = subject.score(chosen)
+    assert (scores.keys, scores.texts, scores.metadata) == (alone.keys, alone.texts, alone.metadata)
+    assert np.array_equal(scores.offsets, alone.offsets)
+    for column in COLUMNS:
+        assert np.allclose(getattr(scores, column), getattr(alone, column), rtol=1e-5, atol=1e-5), column
+
+
+def test_rows_that_gradients_are_taken_of_are_not_scored_again(monkeypatch):
+    subject = LanguageModel(*tiny("llama"))
+    asked = tuple(((row.id, name), row, text, None) for row in rows() for name, text in (("answer", None), ("x", "Mo")))
+    asks = [Score(asked), Pull(tuple(rows()[1:]))]
+    alone = [run(subject, [ask])[0] for ask in asks]
+    scored = []
+    score = LanguageModel.score
+
+    def count(self, items, **named):
+        scored.extend(row.text for _, row in items)
+        return score(self, items, **named)
+
+    monkeypatch.setattr(LanguageModel, "score", count)
+    scores, pulls = run(subject, asks)
+    assert sorted(scored) == ["Mo", "Mo", "Tivin"]  # of two prompts, and the row without gradients
+    assert pulls.keys == alone[1].keys
+    assert np.allclose(pulls.norm, alone[1].norm, rtol=1e-5, atol=1e-6)
+    assert (scores.keys, scores.texts) == (alone[0].keys, alone[0].texts)
+    # Other candidates have moments only by chance, where they begin as an answer does.
+    for column in ("token", "logprob", "hit", "end"):
+        assert np.allclose(getattr(scores, column), getattr(alone[0], column), rtol=1e-5, atol=1e-5), column
+    for column in ("mean", "variance"):
+        found, wanted = (getattr(table.candidate("answer"), column) for table in (scores, alone[0]))
+        assert np.allclose(found, wanted, rtol=1e-5, atol=1e-5), column
+
+
+def test_subjects_that_score_otherwise_than_their_weights_say_score_for_themselves():
+    class Louder(LanguageModel):
+        def head(self, hidden):
+            return 2 * super().head(hidden)
+
+    subject = Louder(*tiny("llama"))
+    asked = tuple(((row.id, "answer"), row, None, None) for row in rows())
+    scores, _ = run(subject, [Score(asked), Pull(tuple(rows()))])
+    assert np.allclose(scores.logprob, subject.score(items(subject)).logprob, atol=1e-6)
+    assert not np.allclose(scores.logprob, LanguageModel(*tiny("llama")).score(items(subject)).logprob, atol=1e-2)

@@ -55,22 +55,37 @@ def gradient_norms(
     """
     if subject.sharded:
         raise LaunchError("gradients of single rows need whole weights, and these lie in parts over several processes")
-    names = [name for name, _ in subject.model.named_parameters()]
     texts = [replace(row, ids=row.ids[: len(row.ids) - row.closing], closing=0) for row in rows]
-    many = bool(rows) and can_go_together(subject)
-    groups = _groups(texts) if many else [[i] for i in range(len(texts))]
+    if rows and can_go_together(subject):
+        names, norms, _, _ = norms_and_columns(subject, texts, columns=False, progress=progress)
+        return names, norms
+    parts = subject.share(
+        [[i] for i in range(len(texts))],
+        lambda group: [_one(subject, texts[i]) for i in group],
+        of=[row.ids for row in texts],
+        progress=progress,
+    )
+    names = [name for name, _ in subject.model.named_parameters()]
+    return names, np.stack([norms for (norms,) in parts]) if parts else np.zeros((0, len(names)), np.float32)
 
-    of = [row.ids for row in texts]
-    parts: list[Any]
-    if many:
-        with _moving(list(subject.model.parameters()), False):
-            parts = side_by_side(
-                subject, groups, lambda model, group: _many(model, [texts[i] for i in group]), of=of, progress=progress
-            )
-    else:
-        parts = subject.share(groups, lambda group: _one(subject, texts[group[0]])[None], of=of, progress=progress)
-    found = in_order(groups, parts)
-    return names, np.stack(found) if found else np.zeros((0, len(names)), np.float32)
+
+def norms_and_columns(
+    subject: LanguageModel, rows: Sequence[Encoded], *, columns: bool = True, progress: Progress | None = None
+) -> tuple[list[str], np.ndarray, list[list[int]], list[dict[str, np.ndarray]]]:
+    """As `gradient_norms`, of a model whose rows go together; also the rows of each pass, and for each pass the columns
+    of `Scores`, which follow from the same states."""
+    groups = _groups(rows)
+    with _moving(list(subject.model.parameters()), False):
+        parts = side_by_side(
+            subject,
+            groups,
+            lambda model, group: _many(model, [rows[i] for i in group], columns),
+            of=[row.ids for row in rows],
+            progress=progress,
+        )
+    names = [name for name, _ in subject.model.named_parameters()]
+    norms = in_order(groups, [list(found) for found, _ in parts])
+    return names, np.stack(norms), groups, [found for _, found in parts]
 
 
 def _groups(rows: Sequence[Encoded]) -> list[list[int]]:
@@ -136,7 +151,7 @@ def _try(subject: LanguageModel) -> bool:
     plain = np.stack([_one(subject, row) for row in rows])
     try:
         with _moving(list(subject.model.parameters()), False):
-            packed = _many(subject, rows)
+            packed, _ = _many(subject, rows)
     except Exception:  # any failure means that this model's gradients cannot be told apart
         return False
     tolerance = 1e-4 if subject.dtype == torch.float32 else 5e-2
@@ -242,8 +257,11 @@ _KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _ma
 
 
 @torch.enable_grad()
-def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
+def _many(
+    subject: LanguageModel, rows: Sequence[Encoded], columns: bool = False
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long.
+    Where they are asked for, the columns of `Scores` too.
 
     Weights must not ask for gradients meanwhile.
     """
@@ -296,7 +314,8 @@ def _many(subject: LanguageModel, rows: Sequence[Encoded]) -> np.ndarray:
         for name, values in found.items():
             squares[names[id(head.get_parameter(name))]] += values
         hidden.backward(back)
-    return squares.clamp_min(0).sqrt().T.cpu().numpy()
+    pulls: np.ndarray = squares.clamp_min(0).sqrt().T.cpu().numpy()
+    return pulls, subject.columns(pack_, hidden.detach()) if columns else {}
 
 
 @torch.no_grad()
@@ -310,6 +329,9 @@ def _head(head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None)
     fed = pack_.every.split([len(row.ids) - 1 for row in rows])
     back = torch.empty_like(hidden)
     found: dict[str, list[Tensor]] = {name: [] for name, _ in head.named_parameters()}
+    texts = [row.scored - row.closing for row in rows]
+    shares = [1 / n if at < n else 0.0 for row, n in zip(rows, texts) for at in range(row.scored)]
+    weights = torch.tensor(shares, device=hidden.device)  # a row's loss is the mean over its answer's text
     many = max(1, LOGITS // len(head.weight) // max(row.scored for row in rows))
     stop = 0
     for first in range(0, len(rows), many):
@@ -317,8 +339,7 @@ def _head(head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None)
         part = slice(stop, stop := stop + sum(counts))
         g = torch.nn.functional.linear(hidden[part], head.weight, head.bias).float().softmax(-1)
         g[torch.arange(len(g)), pack_.target[part]] -= 1
-        each = torch.tensor(counts, device=g.device)
-        g /= each.repeat_interleave(each)[:, None]
+        g *= weights[part, None]
         back[part] = g.to(hidden.dtype) @ head.weight
         for own, states, ids in zip(g.split(counts), hidden[part].float().split(counts), fed[first:]):
             found["weight"].append((own @ own.T * (states @ states.T)).sum())

@@ -672,18 +672,38 @@ class LanguageModel:
 
         def read(subject: LanguageModel, group: Sequence[int]) -> dict[str, np.ndarray]:
             pack_ = pack([rows[i] for i in group], subject.device)
-            first, at = pack_.distinct
-            own = torch.tensor([items[i][0][1] == "answer" for i in group], device=subject.device)[pack_.row]
-            moments = torch.zeros(len(first), dtype=torch.bool, device=subject.device)
-            moments[at[own]] = True
-            statistics = subject.statistics(subject.hidden_states(pack_)[first], pack_.target, at, moments)
-            part = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
-            part["token"] = pack_.target.to(torch.int32).cpu().numpy()
-            part["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
-            return part
+            own = [items[i][0][1] == "answer" for i in group]
+            return subject.columns(pack_, subject.hidden_states(pack_), own)
 
         groups = list(batches(rows, token_budget or TOKEN_BUDGET))
         parts = side_by_side(self, groups, read, of=[row.ids for row in rows], progress=progress)
+        return self._scores(items, groups, parts)
+
+    def columns(self, pack_: Pack, hidden: Tensor, own: Sequence[bool] | None = None) -> dict[str, np.ndarray]:
+        """The columns of `Scores` for a pack's answer tokens.
+
+        Args:
+            hidden: (answer tokens, d) states that predict them.
+            own: rows whose mean and variance are asked for, by default all.
+        """
+        first, at = pack_.distinct
+        moments = None
+        if own is not None:
+            moments = torch.zeros(len(first), dtype=torch.bool, device=hidden.device)
+            moments[at[torch.tensor(own, device=hidden.device)[pack_.row]]] = True
+        statistics = self.statistics(hidden[first], pack_.target, at, moments)
+        found = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
+        found["token"] = pack_.target.to(torch.int32).cpu().numpy()
+        found["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
+        return found
+
+    def _scores(
+        self,
+        items: Sequence[tuple[Key, Encoded]],
+        groups: Sequence[Sequence[int]],
+        parts: Sequence[dict[str, np.ndarray]],
+    ) -> Scores:
+        """The table of all items from what `columns` found of each group."""
         order = [i for group in groups for i in group]
         columns = {
             name: np.concatenate([part[name] for part in parts]) if parts else np.zeros(0, _TYPES[name])
@@ -691,9 +711,9 @@ class LanguageModel:
         }
         table = Scores.of(
             [items[i][0] for i in order],
-            [rows[i].scored for i in order],
+            [items[i][1].scored for i in order],
             columns,
-            [rows[i].text for i in order],
+            [items[i][1].text for i in order],
             {"dtype": str(self.dtype), "subject": self.name},
         )
         return table.take(np.argsort(order).tolist() if order else [])
@@ -736,6 +756,21 @@ class LanguageModel:
         from .gradients import gradient_norms
 
         names, norms = gradient_norms(self, [row for _, row in items], progress=progress)
+        return self._gradients(items, names, norms)
+
+    def gradients_and_scores(
+        self, items: Sequence[tuple[Key, Encoded]], *, progress: Progress | None = None
+    ) -> tuple[Gradients, Scores]:
+        """`gradients` and `score` of the same rows, from the same passes where rows go together."""
+        from .gradients import can_go_together, norms_and_columns
+
+        rows = [row for _, row in items]
+        if not (rows and not self.sharded and can_go_together(self)):
+            return self.gradients(items, progress=progress), self.score(items)
+        names, norms, groups, columns = norms_and_columns(self, rows, progress=progress)
+        return self._gradients(items, names, norms), self._scores(items, groups, columns)
+
+    def _gradients(self, items: Sequence[tuple[Key, Encoded]], names: list[str], norms: np.ndarray) -> Gradients:
         return Gradients([key for key, _ in items], names, norms, {"dtype": str(self.dtype), "subject": self.name})
 
     def patched_into(

@@ -20,6 +20,7 @@ from .. import processes
 from ..rows import Row
 from ..subjects.divergence import divergences
 from ..subjects.fresh import buildable, fresh
+from ..subjects.language import LanguageModel
 from ..subjects.packed import Encoded, batches, in_order, pack
 from ..subjects.patching import fact
 from ..subjects.protocol import asked, innermost
@@ -208,13 +209,23 @@ def run(subject: Any, asks: Sequence[Ask], store: Store | None = None, progress:
             )
             done += len(several)
     tables = [i for i in open_ if type(asks[i]) in _READ]
-    for kind, setting in dict.fromkeys((type(asks[i]), _setting(asks[i])) for i in tables):
+    kinds = dict.fromkeys((type(asks[i]), _setting(asks[i])) for i in tables)
+    # What gradients are taken of is read anyway: its scores come from the same passes.
+    both = type(subject) is LanguageModel and {Pull, Score} <= {kind for kind, _ in kinds}
+    scored: tuple[Items, Any] = [], None
+    for kind, setting in sorted(kinds, key=lambda one: one[0] is Score):
         members = [i for i in tables if (type(asks[i]), _setting(asks[i])) == (kind, setting)]
         content = [_content(subject, asks[i]) for i in members]
         order = _distinct(item for several in content for _, item in several)
         own = {item for several in content for (_, candidate), item in several if candidate == "answer"}
         items = [((str(n), "answer" if item in own else "item"), item) for item, n in order.items()]
-        table = _READ[kind](subject, setting, items, tell(len(order)))
+        if both and kind is Pull:
+            table, scores = subject.gradients_and_scores(items, progress=tell(len(order)))
+            scored = items, scores
+        elif scored[0] and kind is Score:
+            table, order = _other_scores(subject, items, *scored, tell(len(order)))
+        else:
+            table = _READ[kind](subject, setting, items, tell(len(order)))
         for i, several in zip(members, content):
             answers[i] = table.take([order[item] for _, item in several], [key for key, _ in several])
             done += len(several)
@@ -369,6 +380,16 @@ _READ: dict[type, Callable[[Any, Any, Items, Progress | None], Any]] = {
     Continue: lambda subject, shortest, items, progress: subject.continuations(items, shortest, progress=progress),
 }
 """Asks about encoded rows, each kind answered by one call: (subject, what `_setting` gives, rows) to a table."""
+
+
+def _other_scores(
+    subject: Any, items: Items, before: Items, scores: Scores, progress: Progress | None
+) -> tuple[Scores, dict[Encoded, int]]:
+    """Scores of items, those known before and the others, and where in the table each stands."""
+    known = {item for _, item in before}
+    others = [(key, item) for key, item in items if item not in known]
+    table = Scores.concatenate([scores, subject.score(others, progress=progress)])
+    return table, _distinct(item for _, item in (*before, *others))
 
 
 def _setting(ask: Ask) -> Any:
