@@ -128,7 +128,7 @@ def test_schema_is_json(capsys) -> None:
         (["run", "r.yaml", "--require", "removed"], r"error E310: --require: no verdict is called 'removed'.*"),
         (["audit", "m", "--request", "r.yaml", "--set", "beta=1"], r"error E320: --set beta: an audit sets.*"),
         (["compare", "one"], r"error E010: .*at least two runs.*"),
-        (["compare", "absent-1", "absent-2"], r"error E500: absent-1/evidence\.json is not a readable.*"),
+        (["compare", "absent-1", "absent-2"], r"error E500: absent-1/evidence\.json does not exist.*"),
         (["delta", "show", "absent"], r"error E420: .*absent.*"),
     ],
 )
