@@ -63,6 +63,7 @@ def test_states_and_gradients_are_those_of_whole_passes(monkeypatch, name, setti
 def test_passes_may_interleave(monkeypatch):
     made = tails(deep(monkeypatch, "llama"), 0)
     assert made.plain is not None
+    assert not any(part.requires_grad for block in made.plain.blocks for part in (block.keys, block.values))
     changes = [torch.full((3, 32), value, requires_grad=True) for value in (0.3, -0.2)]
     alone = [torch.autograd.grad(made.states(change).square().sum(), [change])[0] for change in changes]
     values = [made.states(change).square().sum() for change in changes]

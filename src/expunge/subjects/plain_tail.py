@@ -248,6 +248,7 @@ def _back(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
 class PlainTail:
     """The blocks above a change, and the final norm."""
 
+    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
