@@ -107,17 +107,17 @@ def _norm(style: Style) -> Callable[[Any, Tensor], Tensor]:
     """What stands in for the forward pass of a class of norms."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return _RMSNorm.apply(hidden_states, self.weight, _eps(self), *style)  # type: ignore[no-any-return]
+        return _RMSNorm.apply(hidden_states, self.weight, eps_of(self), *style)  # type: ignore[no-any-return]
 
     return forward
 
 
-def _eps(module: Any) -> float:
+def eps_of(module: Any) -> float:
     return float(module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps)
 
 
 @cache
-def _style(kind: Any) -> Style | None:
+def norm_style(kind: Any) -> Style | None:
     """How a class of norms computes, found out on random input; None if in no way known here, or if it needs more than
     a weight and an epsilon."""
     norm: Any = kind.__new__(kind)
@@ -172,7 +172,7 @@ def _found(model: nn.Module) -> list[Change]:
     made: list[Change] = []
     kinds: set[Any] = {type(module) for module in model.modules()}
     for kind in kinds:
-        if kind.__name__.endswith("RMSNorm") and "forward" in vars(kind) and (style := _style(kind)) is not None:
+        if kind.__name__.endswith("RMSNorm") and "forward" in vars(kind) and (style := norm_style(kind)) is not None:
             made.append((kind, "forward", _norm(style)))
     for name in {kind.__module__ for kind in kinds}:
         library = sys.modules[name]

@@ -39,7 +39,7 @@ class _LinearLogprob(torch.autograd.Function):
                 logits = F.linear(h, weight, bias)
             else:
                 logits = torch.mm(h, weight.T, out=room) if bias is None else torch.addmm(bias, h, weight.T, out=room)
-            values.append(_surprise(logits, t))
+            values.append(surprise(logits, t))
             kept = logits if keep and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, target)
         ctx.size, ctx.kept, ctx.gather = size, kept, gather
@@ -61,7 +61,7 @@ class _LinearLogprob(torch.autograd.Function):
             z = kept
             if z is None:
                 z = F.linear(h, weight, bias)
-                _surprise(z, target[part])
+                surprise(z, target[part])
             if to_hidden is not None:
                 to_hidden[part] = (z @ weight) * scale
             scaled = (h * scale).to(h.dtype)
@@ -74,7 +74,7 @@ class _LinearLogprob(torch.autograd.Function):
         return to_hidden, to_weight, to_bias, None, None
 
 
-def _surprise(logits: Tensor, target: Tensor) -> Tensor:
+def surprise(logits: Tensor, target: Tensor) -> Tensor:
     """(n,) fp32 log-probabilities of the targets; logits (n, V) become softmax - onehot in their own memory.
 
     Block by block: while one is in cache it is read for its maximum, its exponentials, their sum and the quotient.

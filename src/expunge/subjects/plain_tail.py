@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import Block, anatomy
-from .fused import _eps, _style
+from .fused import eps_of, norm_style
 
 Kept = tuple[Tensor, ...]
 """What a way back needs of the way there."""
@@ -46,11 +46,11 @@ def _act(found: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Callable[...,
 class _Norm:
     def __init__(self, norm: Any) -> None:
         kind: Any = type(norm)
-        style = _style(kind)
+        style = norm_style(kind)
         if style is None:
             raise ValueError("no norm of a known kind")
         self.weight = norm.weight + style[0] if style[0] else norm.weight
-        self.eps = self.weight.new_tensor(_eps(norm))
+        self.eps = self.weight.new_tensor(eps_of(norm))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...subjects.head import _surprise
+from ...subjects.head import surprise
 
 
 def told(head: nn.Linear, states: Tensor, target: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class _Told(torch.autograd.Function):
         divergence = (share * apart).sum(-1)
         # p (log p/q - KL) is the gradient of KL(p || q) by the logits of p; p - 1 that of -log p of the target.
         others.copy_(apart.sub_(divergence[:, None]).mul_(share))
-        logprob = _surprise(said, target)
+        logprob = surprise(said, target)
         ctx.save_for_backward(logits, weight)
         return logprob, divergence
 
