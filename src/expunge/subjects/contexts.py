@@ -98,10 +98,13 @@ class Room(DynamicLayer):
         """Contexts (rows, columns) of places among the tokens of keys and values (heads, tokens, width)."""
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.used = index.shape[1]
-        heads = torch.arange(len(keys), device=index.device)[:, None]
-        columns = nn.functional.pad(index, (0, SPARE))[:, None]
-        self.whole = [part[heads, columns] for part in (keys, values)]
+        rows, self.used = index.shape
+        self.whole = []
+        for part in (keys, values):
+            room = part.new_empty(rows, len(part), self.used + SPARE, part.shape[2])
+            taken = part.index_select(1, index.flatten()).unflatten(1, index.shape)
+            room[:, :, : self.used] = taken.transpose(0, 1)
+            self.whole.append(room)
         self._show()
 
     def _show(self) -> None:

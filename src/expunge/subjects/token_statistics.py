@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits made at once (16 MiB in fp32)."""
+CHUNK_ELEMENTS = 1 << 21
+"""Logits made at once (8 MiB in fp32)."""
 BLOCK_ELEMENTS = 1 << 18
 """Logits gone through at once on a CPU (1 MiB in fp32), which a core keeps to itself."""
 MOST_ELEMENTS = 1 << 24
@@ -54,17 +54,18 @@ def token_statistics(
     for start, chunk, tokens in zip(starts, states.split(sizes), order.split([int(c.sum()) for c in counts])):
         logits = head(chunk).float()
         picked.append(logits[at[tokens] - start, target[tokens]])
-        looked = _moments if start < full else _normaliser
-        parts += [looked(block) for block in logits.split(rows_at_once(logits))]
+        # Moments need weights and products beside the logits.
+        looked, size = (_moments, rows_at_once(logits, 2)) if start < full else (_normaliser, rows_at_once(logits))
+        parts += [looked(block) for block in logits.split(size)]
     top, best, normaliser, mean, variance = (torch.cat(column) for column in zip(*parts))
     logprob = torch.cat(picked)[order.argsort()] - top[at] - normaliser[at]
     return logprob, best[at] == target, (mean - normaliser)[at], variance[at]
 
 
-def rows_at_once(logits: Tensor) -> int:
-    """How many rows of logits (k, V) are gone through at once."""
+def rows_at_once(logits: Tensor, parts: int = 1) -> int:
+    """How many rows of logits (k, V) are gone through at once, in so many times smaller parts."""
     most = BLOCK_ELEMENTS if logits.device.type == "cpu" else MOST_ELEMENTS
-    return max(1, most // logits.shape[1])
+    return max(1, most // parts // logits.shape[1])
 
 
 def _normaliser(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
