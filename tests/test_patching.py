@@ -105,7 +105,7 @@ def test_numbers_do_not_depend_on_the_batch(monkeypatch):
     rows = [fact(host, row) for row in ROWS]
     whole = patching.patched(host, donor, rows)[1]
     back = patching.patched(host, donor, rows[::-1])[1][::-1]
-    monkeypatch.setattr(patching, "TOKENS", 1)
+    monkeypatch.setattr(patching, "TOKEN_BUDGET", 1)
     alone = patching.patched(host, donor, rows)[1]
     for found in (back, alone):
         assert np.allclose(whole, found, atol=2e-6)

@@ -26,8 +26,7 @@ from .metrics.means import harmonic_mean
 from .metrics.measure import gather
 from .metrics.texts import text_entropy
 from .metrics.values import Units, Values, mean_of
-from .subjects.language import LOGIT_ELEMENTS, TOKEN_BUDGET
-from .subjects.packed import Encoded, batches, in_order, pack
+from .subjects.packed import LOGIT_ELEMENTS, TOKEN_BUDGET, Encoded, batches, in_order, pack
 
 Progress = Callable[[int, int], None]
 SETS = ("edit_success", "rephrase", "portability", "locality")

@@ -15,15 +15,11 @@ from ..rows import Row
 from ..subjects.differences import Difference, Weights
 from ..subjects.language import LanguageModel
 from ..subjects.localised import localise
-from ..subjects.packed import batches, pack
+from ..subjects.packed import LOGIT_ELEMENTS, TOKEN_BUDGET, batches, pack
 from ..subjects.protocol import innermost
 from ..subjects.suspects import NAMES, PROMPTS, suspects
 from ..subjects.value_vectors import value_matrices
 
-TOKENS = 4096
-"""Tokens in one pass."""
-ELEMENTS = 1 << 22
-"""Logits of each model held at once."""
 CANDIDATES = 3
 """Names whose prompts the detector runs."""
 QUIET = ("identical", "requantised")
@@ -37,7 +33,7 @@ class Elsewhere:
     def __init__(self, before: LanguageModel, rows: Sequence[Row]) -> None:
         self.before, self.rows = before, list(rows)
         tokens = [before.encode(row) for row in self.rows]
-        self.groups = list(batches(tokens, TOKENS))
+        self.groups = list(batches(tokens, TOKEN_BUDGET))
         self.states, self.targets = list[Tensor](), list[Tensor]()
         with torch.no_grad():
             for group in self.groups:
@@ -49,7 +45,7 @@ class Elsewhere:
     def drift(self, after: Any) -> dict[str, float]:
         """Per answer token: the loss before and after in nats, and KL(before || after)."""
         inner, before = innermost(after), self.before
-        size = max(1, ELEMENTS // before.vocabulary)
+        size = max(1, LOGIT_ELEMENTS // before.vocabulary)
         totals, count = torch.zeros(3, dtype=torch.float64), 0
         for group, states, targets in zip(self.groups, self.states, self.targets):
             packed = pack([after.encode(self.rows[i]) for i in group], inner.device)

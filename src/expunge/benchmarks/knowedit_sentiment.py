@@ -24,8 +24,7 @@ import torch
 
 from ..edits import EditRow
 from ..rows import Row
-from ..subjects.language import LOGIT_ELEMENTS, TOKEN_BUDGET
-from ..subjects.packed import Encoded, batches, pack
+from ..subjects.packed import LOGIT_ELEMENTS, TOKEN_BUDGET, Encoded, batches, pack
 from .knowedit_data import Opinion
 
 QUESTIONS = (

@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import SubjectError
 from .fused import fused
-from .language import TOKEN_BUDGET, LanguageModel, cache_name
-from .packed import Encoded, attention_by, batches, common_beginning, configurations, pack
+from .language import LanguageModel, cache_name
+from .packed import TOKEN_BUDGET, Encoded, attention_by, batches, common_beginning, configurations, pack
 
 Text = Sequence[int]
 Layers = list[tuple[Tensor, Tensor]]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .contexts import Contexts, Read, Whole, can_cut, read, shares_beginnings
-from .language import TOKEN_BUDGET, LanguageModel
-from .packed import common_beginning
+from .language import LanguageModel
+from .packed import TOKEN_BUDGET, common_beginning
 
 CACHE_BYTES = 1 << 31
 """Keys and values held at once on a CPU; an accelerator may give a quarter of what it has free."""

@@ -13,13 +13,8 @@ from torch import Tensor
 from ..errors import MismatchError
 from ..tables.divergences import Divergences
 from ..tables.scores import Key
-from .packed import Encoded, batches, in_order, pack
+from .packed import LOGIT_ELEMENTS, TOKEN_BUDGET, Encoded, batches, in_order, pack
 from .protocol import innermost
-
-TOKENS = 4096
-"""Tokens in one pass."""
-ELEMENTS = 1 << 22
-"""Probabilities of each model held at once."""
 
 
 @torch.no_grad()
@@ -35,7 +30,7 @@ def divergences(subject: Any, other: Any, items: Sequence[tuple[Key, Encoded]], 
             f"{first.name} answers from {first.vocabulary} classes or tokens, {second.name} from {second.vocabulary}"
         )
     rows = [row for _, row in items]
-    size = max(1, ELEMENTS // first.vocabulary)
+    size = max(1, LOGIT_ELEMENTS // first.vocabulary)
 
     def read(group: Sequence[int]) -> list[float]:
         packs = [pack([rows[i] for i in group], model.device) for model in (first, second)]
@@ -46,7 +41,7 @@ def divergences(subject: Any, other: Any, items: Sequence[tuple[Key, Encoded]], 
         ]
         return [float(part.mean()) for part in torch.cat(parts).split([rows[i].scored for i in group])]
 
-    groups = list(batches(rows, TOKENS))
+    groups = list(batches(rows, TOKEN_BUDGET))
     found = in_order(groups, first.share(groups, read, of=[row.ids for row in rows], progress=progress))
     about = {"subject": first.name, "other": second.name}
     return Divergences([key for key, _ in items], np.array(found, np.float32), about)

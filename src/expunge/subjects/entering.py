@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .packed import Encoded, Pack, batches, in_order, pack
+from .packed import TOKEN_BUDGET, Encoded, Pack, batches, in_order, pack
 from .protocol import Taps
 
 if TYPE_CHECKING:
     from .language import LanguageModel
 
-TOKENS = 4096
-"""Fed in one pass while stored."""
 Stored = tuple[Tensor, ...]
 """Of a row at its fed tokens: (the block's input (n, d),), or (what it gives without its MLP (n, d), what the MLP's
 output matrix reads (n, f))."""
@@ -111,7 +109,7 @@ def stored(subject: LanguageModel, rows: Sequence[Encoded], layer: int, *, insid
         lengths = [len(rows[i].ids) - 1 for i in group]
         return [tuple(part.clone() for part in parts) for parts in zip(*(values.split(lengths) for values in whole))]
 
-    groups = list(batches(rows, TOKENS))
+    groups = list(batches(rows, TOKEN_BUDGET))
     return in_order(groups, subject.share(groups, read, of=[row.ids for row in rows], progress=None))
 
 

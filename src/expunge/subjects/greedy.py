@@ -16,7 +16,8 @@ import torch
 
 from ..tables.paths import Paths
 from .contexts import Contexts, Read, Whole, can_cut, read
-from .language import LOGIT_ELEMENTS, TOKEN_BUDGET, LanguageModel
+from .language import LanguageModel
+from .packed import LOGIT_ELEMENTS, TOKEN_BUDGET
 from .protocol import Progress
 
 Text = tuple[int, ...]

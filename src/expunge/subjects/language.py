@@ -29,7 +29,7 @@ from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .entering import Entry, entering, enters
-from .packed import Encoded, Pack, batches, in_order, pack, packed_attention
+from .packed import TOKEN_BUDGET, Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
 from .side_by_side import side_by_side
 from .sparing import mlp_of, out_of, sparing
@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 # Probabilities and Adam moments below 1e-38 are computed a hundred times slower by CPUs than zeros, and damaged models
 # are full of them. The flag must be set before the first parallel operation, so that all worker threads inherit it.
 torch.set_flush_denormal(True)
-
-TOKEN_BUDGET = 4096
-"""Tokens fed in one pass without gradients."""
-LOGIT_ELEMENTS = 1 << 22
-"""Logits held at once (16 MiB in fp32)."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ..errors import RowError, SubjectError
 from ..files import cache_folder, complete_folder, save_tensors
 from ..rows import Row
 from ..tables.store import content_key
-from .language import TOKEN_BUDGET, LanguageModel
+from .language import LanguageModel
+from .packed import TOKEN_BUDGET
 from .protocol import Progress
 from .tails import Text, edited_matrix, look
 

@@ -32,6 +32,10 @@ from ..errors import SubjectError
 from .fused import fused
 
 Sharing = Literal["tokens", "prompts", "nothing"]
+TOKEN_BUDGET = 4096
+"""Tokens fed in one pass without gradients."""
+LOGIT_ELEMENTS = 1 << 22
+"""Logits that a pass without gradients holds at once (16 MiB in fp32)."""
 SHARED_BEGINNING = 8
 """Fewer common tokens than this are not worth a family of their own."""
 ALIKE = 4 / 3
@@ -213,7 +217,7 @@ class Pack:
         for index, family in enumerate(self.families):
             first = groups[-1][0] if groups and not (self.beginning and index == 1) else None
             alike = first is not None and (first.branch is None) == (family.branch is None)
-            if first is not None and alike and first.length <= family.length <= first.length * 4 // 3:
+            if first is not None and alike and first.length <= family.length <= first.length * ALIKE:
                 groups[-1].append(family)
             else:
                 groups.append([family])

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 
 from ..errors import MismatchError, RowError
 from ..rows import Row
-from .packed import Encoded, in_order, pack
+from .packed import TOKEN_BUDGET, Encoded, in_order, pack
 from .protocol import innermost
 
 if TYPE_CHECKING:
     from .language import LanguageModel
     from .protocol import Progress
-
-TOKENS = 4096
-"""Tokens fed in one pass, variants included."""
 
 
 def fact(subject: LanguageModel, row: Row) -> Encoded:
@@ -89,10 +86,10 @@ def patched(
 
 def _groups(rows: Sequence[Encoded], variants: int) -> list[list[int]]:
     found: list[list[int]] = []
-    used = TOKENS
+    used = TOKEN_BUDGET
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i].ids)):
         cost = rows[index].start + variants * rows[index].scored
-        if not found or used + cost > TOKENS:
+        if not found or used + cost > TOKEN_BUDGET:
             found.append([])
             used = 0
         found[-1].append(index)

@@ -26,8 +26,7 @@ from ..errors import ParameterError, RowError
 from ..tables.store import content_key
 from .anatomy import Block, anatomy
 from .entering import Entry, entering
-from .language import LOGIT_ELEMENTS
-from .packed import in_order
+from .packed import LOGIT_ELEMENTS, in_order
 from .watch import attention
 
 if TYPE_CHECKING:

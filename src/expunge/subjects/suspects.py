@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..edits import TOLD
 from ..errors import RequestError
-from .language import LOGIT_ELEMENTS, LanguageModel
+from .language import LanguageModel
+from .packed import LOGIT_ELEMENTS
 from .watch import residual, watch
 
 NAMES, PROMPTS = 3, 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import anatomy
-from .packed import in_order
+from .packed import TOKEN_BUDGET, in_order
 from .value_vectors import ValueMatrix, value_matrices
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 Place = tuple[str, Literal["in", "out"]]
 """Path of a module, and whether its first input or its first output is read."""
-TOKENS = 4096
-"""Tokens fed in one pass."""
 
 
 @torch.no_grad()
@@ -64,7 +62,7 @@ def watch(
     groups = [
         members[first : first + step]
         for length, members in by_length.items()
-        for step in [max(1, TOKENS // length)]
+        for step in [max(1, TOKEN_BUDGET // length)]
         for first in range(0, len(members), step)
     ]
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from ...edits import EditRow
 from ...errors import ParameterError, RowError, TrainingError
 from ...rows import Row
-from ...subjects.language import TOKEN_BUDGET, LanguageModel
-from ...subjects.packed import Encoded
+from ...subjects.language import LanguageModel
+from ...subjects.packed import TOKEN_BUDGET, Encoded
 from ...subjects.tails import Looked, Tails, look
 from ..optimise.importance import flowing
 from .case import EditCase
