@@ -293,7 +293,7 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
         monkeypatch.setattr(LanguageModel, name, call)
 
     watched("score", lambda _, items, *__, **___: ("scored", len(items)))
-    watched("gradients", lambda _, items, *__, **___: ("gradients", len(items)))
+    watched("gradients_and_scores", lambda _, items, *__, **___: ("gradients", len(items)))
     watched("patched_into", lambda _, __, items, **___: ("patched", len(items)))
     watched("continuations", lambda _, items, *__, **___: ("continuations", len(items)))
     watched("hidden", lambda _, prompts, *__: ("hidden", len(prompts)))

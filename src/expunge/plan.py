@@ -381,7 +381,6 @@ def passes(
         if isinstance(ask, Generate) and ask.temperature > 0
         for _, row, question in ask.prompts
     }
-    scored = {(row.id, *texts) for ask in case.asked if isinstance(ask, Score) for _, row, *texts in ask.items}
     continued = {
         row.id
         for ask in case.asked
@@ -391,6 +390,9 @@ def passes(
     }
     compared = data.get("forget", []) if "divergences" in more else []
     rows = {kind: {row.id for a in case.asked if isinstance(a, kind) for row in a.rows} for kind in (Pull, Patch)}
+    scored = {(row.id, *texts) for ask in case.asked if isinstance(ask, Score) for _, row, *texts in ask.items}
+    # Own answers of rows with gradients are scored on the way.
+    scored -= {(row, None, None) for row in rows[Pull]}
     return {
         "models": models,
         "answers scored per model": len(scored),
