@@ -389,10 +389,13 @@ def passes(
         if read.scored - read.closing > ask.shortest
     }
     compared = data.get("forget", []) if "divergences" in more else []
-    rows = {kind: {row.id for a in case.asked if isinstance(a, kind) for row in a.rows} for kind in (Pull, Patch)}
+    rows = {
+        kind: {row.id: row.answer for a in case.asked if isinstance(a, kind) for row in a.rows}
+        for kind in (Pull, Patch)
+    }
     scored = {(row.id, *texts) for ask in case.asked if isinstance(ask, Score) for _, row, *texts in ask.items}
     # Own answers of rows with gradients are scored on the way.
-    scored -= {(row, None, None) for row in rows[Pull]}
+    scored -= {(row, answer, None) for row, answer in rows[Pull].items()}
     return {
         "models": models,
         "answers scored per model": len(scored),
