@@ -9,7 +9,7 @@ import torch
 from tiny import tiny
 
 from expunge.rows import Row
-from expunge.subjects import gradients, language
+from expunge.subjects import decoding, gradients, language
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.side_by_side import side_by_side
 from expunge.tables.scores import COLUMNS
@@ -63,6 +63,24 @@ def test_scores_and_gradients_are_those_of_one_pass_after_another(name, two_thre
         assert np.allclose(getattr(together, column), getattr(alone, column), rtol=1e-5, atol=1e-5), column
     assert np.allclose(pulls, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)
     assert all(p.requires_grad and p.grad is None for p in subject.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "samples": 3, "seed": 4}])
+def test_threads_write_what_one_writes(name, settings, two_threads, monkeypatch):
+    subject = LanguageModel(*tiny(name), name)
+    monkeypatch.setattr(language, "TOGETHER", 2)
+    seen = set()
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda *a, **k: seen.add(threading.get_ident()) or decode(*a, **k))
+    asked = [((str(i), "question"), f"where was {who * (1 + i % 3)} born?") for i, who in enumerate(("Ilva", "Mo") * 5)]
+    together = subject.generate(asked, max_new_tokens=6, **settings)
+    assert seen - {threading.get_ident()}
+    torch.set_num_threads(1)
+    alone = subject.generate(asked, max_new_tokens=6, **settings)
+    assert together.texts == alone.texts
+    assert together.stopped == alone.stopped
+    assert together.keys == alone.keys
 
 
 def test_every_thread_has_modules_of_its_own_around_the_same_tensors(llama, two_threads):

@@ -10,6 +10,7 @@ or whose positions cannot be given, read beginnings of one length at a time (`Wh
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -240,12 +241,12 @@ class Contexts:
             more["position_ids"] = self.lengths[:, None] + self.before
         self.lengths = self.lengths + 1
         more |= {"attention_mask": None if self.configs else self.seen.long(), cache_name(module): self.cache}
-        _going.append(self)
+        _going.contexts.append(self)
         try:
             with fused(module), attention_by(self.configs or (), IMPLEMENTATION):
                 return module(input_ids=tokens, use_cache=True, **more)
         finally:
-            _going.pop()
+            _going.contexts.pop()
 
     def mask(self, window: int | None) -> Tensor | None:
         """(rows or 1, 1, 1, all columns) True where the last token may not look; None where it may look anywhere."""
@@ -271,7 +272,16 @@ def _alike(ids: Tensor, places: Sequence[Tensor]) -> int:
 
 
 IMPLEMENTATION = "expunge_contexts"
-_going: list[Contexts] = []
+
+
+class _Going(threading.local):
+    """The contexts that passes of a thread are about, the innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[Contexts] = []
+
+
+_going = _Going()
 
 
 def _attend(
@@ -294,7 +304,7 @@ def _attend(
     """
     if s_aux is not None or position_bias is not None:
         raise SubjectError("this model's attention has sinks or biases; its contexts cannot go on together")
-    contexts = _going[-1]
+    contexts = _going.contexts[-1]
     layer: Any = module.layer_idx
     keys, values = contexts.shared[layer]
     rows, groups = key.shape[:2]

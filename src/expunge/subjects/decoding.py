@@ -31,17 +31,22 @@ Written = tuple[list[int], bool]
 
 
 def groups(
-    subject: LanguageModel, prompts: Sequence[Sequence[int]], limit: int, samples: int, shares: int = 1
+    subject: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    samples: int,
+    shares: int = 1,
+    threads: int = 1,
 ) -> list[list[int]]:
-    """Indices of prompts that are decoded together; at least `shares` groups, for as many processes."""
+    """Indices of prompts that are decoded together; a group at least for each thread of `shares` processes."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     if not order:
         return []
     cut = can_cut(subject, len(prompts[order[-1]]) + limit)
-    tokens = _cache_bytes(subject) // _token_bytes(subject) if cut else TOKEN_BUDGET * 4
+    tokens = _cache_bytes(subject) // threads // _token_bytes(subject) if cut else TOKEN_BUDGET * 4
     # What all prompts begin with is held once.
     shared = common_beginning([tuple(prompt) for prompt in prompts]) if cut and shares_beginnings(subject) else 0
-    largest = -(-len(prompts) // shares)
+    largest = -(-len(prompts) // (shares * threads))
     found: list[list[int]] = []
     for _, alike in groupby(order, lambda i: cut or len(prompts[i])):
         group: list[int] = []
@@ -52,6 +57,8 @@ def groups(
                 group = []
             group.append(index)
         found.append(group)
+    for group in found:  # tried here, and not by every thread that decodes one
+        can_cut(subject, max(len(prompts[i]) for i in group) + limit)
     return found
 
 

@@ -31,7 +31,7 @@ from ..tables.store import content_key
 from .entering import Entry, entering, enters
 from .packed import TOKEN_BUDGET, Encoded, Pack, batches, in_order, pack, packed_attention
 from .protocol import Progress, Taps
-from .side_by_side import side_by_side
+from .side_by_side import at_once, side_by_side
 from .sparing import mlp_of, out_of, sparing
 from .token_statistics import token_statistics
 
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 # Probabilities and Adam moments below 1e-38 are computed a hundred times slower by CPUs than zeros, and damaged models
 # are full of them. The flag must be set before the first parallel operation, so that all worker threads inherit it.
 torch.set_flush_denormal(True)
+
+TOGETHER = 64
+"""Outputs that are worth a thread of their own."""
 
 
 @dataclass(frozen=True)
@@ -835,34 +838,34 @@ class LanguageModel:
                     f"row {key[0]} ({key[1]}): prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
                     f"the model's context of {self.context_length}"
                 )
-        from .decoding import decode, groups
+        from .decoding import Written, decode, groups
 
+        # Threads write side by side where there is enough for each of them.
+        threads = min(at_once(self), max(1, len(tokens) * samples // TOGETHER))
         shares = 1 if self.sharded else processes.count()
+        together = groups(self, tokens, max_new_tokens, samples, shares, threads)
 
-        def write(group: Sequence[int]) -> list[tuple[list[str], list[bool]]]:
+        def write(subject: LanguageModel, group: Sequence[int]) -> list[list[Written]]:
             noise = None
             if temperature > 0:
                 noise = torch.stack([_noise(seed, prompts[i][1], samples, max_new_tokens) for i in group])
             mine = [tokens[i] for i in group]
             rows = decode(
-                self, mine, max_new_tokens, samples=samples, temperature=temperature, top_p=top_p, noise=noise
+                subject, mine, max_new_tokens, samples=samples, temperature=temperature, top_p=top_p, noise=noise
             )
-            found = []
-            for place in range(len(group)):
-                outputs = rows[place * samples : (place + 1) * samples]
-                decoded = self.tokenizer.batch_decode([ids for ids, _ in outputs], skip_special_tokens=True)
-                found.append(([text.strip() for text in decoded], [ended for _, ended in outputs]))
-            return found
+            return [rows[place * samples : (place + 1) * samples] for place in range(len(group))]
 
-        together = groups(self, tokens, max_new_tokens, samples, shares)
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "samples": samples, "seed": seed}
         settings |= {"top_p": top_p} if top_p < 1 else {}
-        answers = in_order(together, self.share(together, write, of=[tokens, settings], progress=progress))
+        parts = side_by_side(self, together, write, of=[tokens, settings], fewest=1, progress=progress)
+        outputs: list[list[Written]] = in_order(together, parts)
+        texts = self.tokenizer.batch_decode([ids for one in outputs for ids, _ in one], skip_special_tokens=True)
+        said = [text.strip() for text in texts]
         return Generations(
             [key for key, _ in prompts],
             [text for _, text in prompts],
-            [texts for texts, _ in answers],
-            [stopped for _, stopped in answers],
+            [said[place * samples : (place + 1) * samples] for place in range(len(prompts))],
+            [[ended for _, ended in one] for one in outputs],
             {**settings, "dtype": str(self.dtype), "subject": self.name},
         )
 

@@ -36,6 +36,7 @@ def side_by_side(
     do: Callable[[LanguageModel, Group], R],
     *,
     of: Any,
+    fewest: int = 2,
     progress: Progress | None = None,
 ) -> list[R]:
     """What `do` gives for the subject and each group of rows, in their order: as `subject.share`, which shares groups
@@ -44,9 +45,10 @@ def side_by_side(
     Args:
         do: uses no model but the one it gets, and changes nothing that two passes have in common.
         of: the rows, for processes to compare.
+        fewest: groups that are worth a thread.
     """
     threads, mine = torch.get_num_threads(), len(groups) // processes.count()
-    many = min(threads, MOST, mine // 2) if _can_part(subject) else 1
+    many = min(at_once(subject), mine // fewest)
     if many < 2:
         return subject.share(groups, lambda group: do(subject, group), of=of, progress=progress)
     _ = subject.mode  # tried once, and not by each of them
@@ -72,6 +74,11 @@ def side_by_side(
             return processes.shared(groups, run, of=of, device=subject.device, progress=progress, through=pool.map)
     finally:
         torch.set_num_threads(threads)  # what threads to come begin with
+
+
+def at_once(subject: LanguageModel) -> int:
+    """How many passes can run at once."""
+    return min(torch.get_num_threads(), MOST) if _can_part(subject) else 1
 
 
 def _can_part(subject: LanguageModel) -> bool:
