@@ -175,16 +175,16 @@ NOTES = [
     "step (and as many retain rows where the objective reads them), gradient norm clipped at 1, constant rate. Retain "
     "rows are rows the model was trained on. NPO's beta is 0.1, RMU reads the last block.",
     "The paper's order of methods does not appear here: one expert keeps less than all parameters do, on all three "
-    "worlds. The second table shows why: the expert that half of the forget tokens take also serves a fifth of the "
+    "worlds. The second table shows why: the expert that most forget tokens take also serves a fifth of the "
     "retain tokens, and its router, moved by forget rows alone, sends it more of both. To forget, the expert has to be "
-    "wrecked, and then almost half of the retain tokens pass through it. Published mixtures have 60 experts in each of "
+    "wrecked, and then about half of the retain tokens pass through it. Published mixtures have 60 experts in each of "
     "two dozen blocks, each with far more to spare; 24 experts in three blocks do not bring the order back.",
     "A vocabulary of its own gives the forget domain rows of its own in embedding and head, which helps runs that move "
     "them. That does not decide: `all experts` moves neither, and with words in common the order is the same.",
     "Several experts of one layer forget sooner than one, so that each is damaged less. The lowest expert makes the "
     "model forget as well: with its router free the anchor brings the forget tokens to it.",
     "With the anchor fewer tokens keep their experts, as it reroutes them itself; without it more retain accuracy is "
-    "left, and forgetting takes a little longer.",
+    "left.",
     "RMU keeps nearly all either way; one expert just does not get there in these steps.",
     "The run that the criteria were made from had one seed, and the paper's order. Here seeds differ by as much as "
     "methods do: see the ranges.",
