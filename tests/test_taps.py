@@ -109,6 +109,12 @@ def test_entry_inside_a_block_has_the_loss_and_the_gradient_of_the_full_pass(arc
     assert not ran
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "olmo2"])
+def test_a_norm_behind_the_mlp_is_seen_in_16_bits_too(architecture):
+    model, tokenizer = tiny(architecture)
+    assert not LanguageModel(model.to(torch.bfloat16), tokenizer).can_enter_inside(1)
+
+
 @pytest.mark.parametrize("architecture", PACKED)
 def test_a_pass_from_the_middle_ends_where_a_whole_one_does(architecture):
     subject = LanguageModel(*tiny(architecture))
