@@ -10,7 +10,6 @@ or whose positions cannot be given, read beginnings of one length at a time (`Wh
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ..errors import SubjectError
 from .fused import fused
 from .language import LanguageModel, cache_name
-from .packed import TOKEN_BUDGET, Encoded, attention_by, batches, common_beginning, configurations, pack
+from .packed import TOKEN_BUDGET, About, Encoded, attention_by, batches, common_beginning, configurations, pack
 
 Text = Sequence[int]
 Layers = list[tuple[Tensor, Tensor]]
@@ -241,12 +240,12 @@ class Contexts:
             more["position_ids"] = self.lengths[:, None] + self.before
         self.lengths = self.lengths + 1
         more |= {"attention_mask": None if self.configs else self.seen.long(), cache_name(module): self.cache}
-        _going.contexts.append(self)
+        _going.stack.append(self)
         try:
             with fused(module), attention_by(self.configs or (), IMPLEMENTATION):
                 return module(input_ids=tokens, use_cache=True, **more)
         finally:
-            _going.contexts.pop()
+            _going.stack.pop()
 
     def mask(self, window: int | None) -> Tensor | None:
         """(rows or 1, 1, 1, all columns) True where the last token may not look; None where it may look anywhere."""
@@ -272,16 +271,8 @@ def _alike(ids: Tensor, places: Sequence[Tensor]) -> int:
 
 
 IMPLEMENTATION = "expunge_contexts"
-
-
-class _Going(threading.local):
-    """The contexts that passes of a thread are about, the innermost last."""
-
-    def __init__(self) -> None:
-        self.contexts: list[Contexts] = []
-
-
-_going = _Going()
+_going = About()
+"""Contexts."""
 
 
 def _attend(
@@ -304,7 +295,7 @@ def _attend(
     """
     if s_aux is not None or position_bias is not None:
         raise SubjectError("this model's attention has sinks or biases; its contexts cannot go on together")
-    contexts = _going.contexts[-1]
+    contexts: Contexts = _going.stack[-1]
     layer: Any = module.layer_idx
     keys, values = contexts.shared[layer]
     rows, groups = key.shape[:2]

@@ -63,17 +63,22 @@ def _inverse(values: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(values.shape[-1]).add_(eps).rsqrt_()
 
 
+def rotated(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """x cos + (-x2, x1) sin for the halves x1, x2 of the last dimension; first and second are -sin and sin of them."""
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], first)
+    out[..., half:].addcmul_(x[..., :half], second)
+    return out
+
+
 class _Rotation(torch.autograd.Function):
-    """x cos + (-x2, x1) sin for the halves x1, x2 of the last dimension."""
+    """`rotated`, with a way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
         ctx.save_for_backward(cos, first, second)
-        half = x.shape[-1] // 2
-        out = x * cos
-        out[..., :half].addcmul_(x[..., half:], first)
-        out[..., half:].addcmul_(x[..., :half], second)
-        return out
+        return rotated(x, cos, first, second)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

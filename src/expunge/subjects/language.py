@@ -663,7 +663,7 @@ class LanguageModel:
 
         Args:
             items: keys with their tokens; rows that share a prompt share its computation. Candidates other than
-                `answer` have no mean and variance (NaN), which are half of what logits cost.
+                `answer` have no mean and variance (NaN), which nobody reads of them.
             token_budget: tokens fed at once, `TOKEN_BUDGET` by default; the numbers do not depend on it.
         """
         rows = [row for _, row in items]

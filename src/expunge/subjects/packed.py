@@ -482,14 +482,15 @@ def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) ->
 IMPLEMENTATION = "expunge_families"
 
 
-class _Active(threading.local):
-    """The packs that passes of a thread are about, the innermost last."""
+class About(threading.local):
+    """What the passes of a thread are about, the innermost last: attention functions look it up."""
 
     def __init__(self) -> None:
-        self.packs: list[Pack] = []
+        self.stack: list[Any] = []
 
 
-_active = _Active()
+_active = About()
+"""Packs."""
 
 
 def _attend(
@@ -509,7 +510,7 @@ def _attend(
     """Attention of one layer over the active pack. query (1, heads, tokens, d), returns (1, tokens, heads, d)."""
     if s_aux is not None or position_bias is not None:
         raise SubjectError("this model's attention has sinks or biases; it cannot run family by family")
-    pack_ = _active.packs[-1]
+    pack_: Pack = _active.stack[-1]
     dtype = query.dtype
     if query.requires_grad and query.device.type == "cpu" and dtype.itemsize < 4:
         # The kernel's way back takes longer in bf16 than in fp32, these copies included.
@@ -582,12 +583,12 @@ def packed_attention(model: nn.Module, pack_: Pack) -> Iterator[None]:
 
     Keep it open until backward is done where activations are recomputed.
     """
-    _active.packs.append(pack_)
+    _active.stack.append(pack_)
     try:
         with attention_by(configurations(model), IMPLEMENTATION), fused(model):
             yield
     finally:
-        _active.packs.pop()
+        _active.stack.pop()
 
 
 def configurations(model: nn.Module) -> list[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import Block, anatomy
-from .fused import eps_of, norm_style
+from .fused import eps_of, norm_style, rotated
 
 Kept = tuple[Tensor, ...]
 """What a way back needs of the way there."""
@@ -163,10 +163,10 @@ class _Block:
     def _own(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """(n, moving, groups, width) each: keys and values of what moves."""
         shape = (self.n, -1, self.groups, self.width)
-        return _rotated(self.k.forward(a).view(shape), *self.angles), self.v.forward(a).view(shape)
+        return rotated(self.k.forward(a).view(shape), *self.angles), self.v.forward(a).view(shape)
 
     def _ask(self, a: Tensor) -> Tensor:
-        return _rotated(self.q.forward(a).view(self.n, -1, self.heads, self.width), *self.asking)
+        return rotated(self.q.forward(a).view(self.n, -1, self.heads, self.width), *self.asking)
 
     def _put(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(n * groups, columns, width) each."""
@@ -232,17 +232,8 @@ class _Block:
         return self.first.backward(to_a, tuple(norms[:2])).index_add_(0, self.read, to_y)
 
 
-def _rotated(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """x cos + (-x2, x1) sin for the halves x1, x2 of the last dimension."""
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], first)
-    out[..., half:].addcmul_(x[..., :half], second)
-    return out
-
-
 def _back(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return _rotated(x, cos, second, first)
+    return rotated(x, cos, second, first)
 
 
 class PlainTail:

@@ -1,10 +1,9 @@
 """Passes side by side: on a CPU every thread takes groups of rows of its own.
 
-Threads that share out one operator after another wait for each other, busily, at the end of each: a fifth of the
-processor's time in a small model, and several times the work itself on a machine that has other work to do. A thread
-that runs whole passes waits for nobody. Each has modules of its own around the same tensors, so that hooks,
-configurations and what modules remember of a pass stay apart. A model with somebody's hooks in it, which may remember
-something too, runs one pass after another.
+Threads that share out one operator after another wait for each other, busily, at the end of each, the longer the more
+else the machine has to do. A thread that runs whole passes waits for nobody. Each has modules of its own around the
+same tensors, so that hooks, configurations and what modules remember of a pass stay apart. A model with somebody's
+hooks in it, which may remember something too, runs one pass after another.
 """
 
 from __future__ import annotations

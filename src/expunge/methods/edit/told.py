@@ -1,7 +1,7 @@
 """What states say of target tokens, and how far others are from what was said before: one product with a linear head.
 
 As in subjects/head.py logits become their own gradient in their own memory, up to one factor per row; autograd's record
-of log-softmax, look-ups and divergence would read and write tensors over the vocabulary eight times more.
+of log-softmax, look-ups and divergence would hold several tensors over the vocabulary.
 """
 
 from __future__ import annotations

@@ -337,7 +337,7 @@ class Turn:
             return self.subject.states(pack_, self.recipe.taps, entry)
         layer, delta = self.shift
         # A pass that starts above the block would see no shift.
-        entry = self.entries.lay(pack_) if self.entries is not None and self.entries.below(layer) else None
+        entry = self.entries.lay(pack_) if self.entries is not None and self.entries.runs(layer) else None
         starts = _starts(rows)
         owner = self._owners[[starts[members[row]] + at for row, at in pack_.owner]].to(delta.device)
         with self.subject.perturbed(layer, delta[owner]):
@@ -359,7 +359,7 @@ class Entries:
     """Of that block only the matrix moves that its MLP gives out through, and passes start there."""
     rows: dict[Encoded, Stored]
 
-    def below(self, block: int) -> bool:
+    def runs(self, block: int) -> bool:
         """Whether passes run the whole of a block."""
         return self.layer + self.inside <= block
 
