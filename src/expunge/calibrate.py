@@ -9,6 +9,8 @@ Each also stands in the pool after a little training on retain rows, which chang
   relearned;
 - trust: the harmonic mean of the three, with faithfulness rescaled so that chance is 0.
 
+Metrics that some model has no value of are left out, each with the reason.
+
 After OpenUnlearning's meta-evaluation (arXiv:2506.12618, section 5), which compares unlearned models' change with
 gold's; here only models of known truth are used, so that no unlearning method decides what a metric is worth.
 """
@@ -29,7 +31,7 @@ from .request import load
 from .trials import run_trials
 
 Progress = Callable[[str, int, int], None]
-VERSION = 1
+VERSION = 2
 """Raised when the same model would get other values."""
 FAITHFUL, STEADY = 0.9, 0.75
 """AUC and stability from which a metric counts as trusted."""
@@ -59,10 +61,20 @@ class Calibrated:
         return "with care" if self.faithfulness >= FAITHFUL else "do not trust"
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What came of it."""
+
+    metrics: list[Calibrated]
+    """The most trusted first."""
+    left_out: dict[str, str]
+    """metric -> why some model has no value of it."""
+
+
 def one(
     *, request: str, fields: dict[str, Any], model: str, change: str, number: int, steps: int, rate: float, folder: str
 ) -> dict[str, Any]:
-    """Values of every metric on one changed model: {part of the forget rows: {metric: value}}, and reasons for none.
+    """Values of every metric on one changed model: {part of the forget rows: {metric: a value, or why there is none}}.
 
     For `relearn`, `half` is the untaught half after relearning, `half before` the same rows before.
     """
@@ -76,9 +88,10 @@ def one(
     data = read_data(made)
     subject = load_subject(made, model)
     golds = [load_subject(made, path) for path in made.gold if path != model]
+    host = subject if model == made.model else load_subject(made)
     store = Store(Path(folder) / "tables")
     if change == "none":
-        return {"all": _values(subject, golds, data, store)}
+        return {"all": _values(subject, golds, host, data, store)}
     entities = sorted({row.entity or row.id for row in data["forget"]})
     taught = set(entities[number % 2 :: 2])
     lesson = [row for row in data["forget"] if (row.entity or row.id) in taught]
@@ -87,16 +100,19 @@ def one(
     if change == "quantise":
         round_to_nearest(changed.model, 4)
         changed.__dict__.pop("fingerprint", None)
-        return {"all": _values(changed, golds, data, store)}
+        return {"all": _values(changed, golds, host, data, store)}
     rows = lesson if change == "relearn" else data["retain"]
     encoded = [changed.encode(row) for row in rows]
     fit(changed, encoded, steps=steps, batch_size=16, learning_rate=rate, seed=number)
     if change == "drift":
-        return {"all": _values(changed, golds, data, store)}
-    return {"half before": _values(subject, golds, rest, store), "half": _values(changed, golds, rest, store)}
+        return {"all": _values(changed, golds, host, data, store)}
+    return {
+        "half before": _values(subject, golds, host, rest, store),
+        "half": _values(changed, golds, host, rest, store),
+    }
 
 
-def _values(subject: Any, golds: Sequence[Any], data: dict[str, Any], store: Any) -> dict[str, float]:
+def _values(subject: Any, golds: Sequence[Any], host: Any, data: dict[str, Any], store: Any) -> dict[str, float | str]:
     from dataclasses import replace
 
     from .metrics.measure import more_tables, values
@@ -105,16 +121,16 @@ def _values(subject: Any, golds: Sequence[Any], data: dict[str, Any], store: Any
 
     limit = longest_answer(subject, data)
     more = more_tables(modality=subject.modality)
-    view = replace(
-        ask_all(subject, data, limit, store, more=more, name=subject.name),
-        golds=[ask_all(gold, data, limit, store, more=more, name=gold.name) for gold in golds],
+    view, *others = (
+        ask_all(model, data, limit, store, more=more, host=host, name=model.name) for model in (subject, *golds)
     )
-    found = {}
+    view = replace(view, golds=others)
+    found: dict[str, float | str] = {}
     for part in registry.serving("metrics", subject.modality):
         try:
             found[part.name] = values(part, view).value
-        except NotApplicable:
-            continue
+        except NotApplicable as reason:
+            found[part.name] = str(reason)
     return found
 
 
@@ -130,7 +146,7 @@ def calibrate(
     fields: dict[str, Any] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> list[Calibrated]:
+) -> Calibration:
     """Measure all metrics on models whose truth is known; writes calibration.json and calibration.html into `out`.
 
     Args:
@@ -138,9 +154,6 @@ def calibrate(
         knowing, ignorant: further models.
         variants: drifted copies of each model, each with another seed.
         steps: optimiser steps of drift and of relearning.
-
-    Returns:
-        One entry per metric, the most trusted first.
 
     Raises:
         RequestError: no ignorant model, or no retain rows.
@@ -176,25 +189,34 @@ def calibrate(
     judged = judge(rows, set(known))
     write_text(
         folder / "calibration.json",
-        json.dumps({"metrics": [asdict(one_) for one_ in judged], "values": rows}, indent=1, ensure_ascii=False) + "\n",
+        json.dumps({**asdict(judged), "values": rows}, indent=1, ensure_ascii=False) + "\n",
     )
     from .report.render import render
 
-    context = {"name": made.name, "lines": judged, "known": known, "unknown": unknown, "steps": steps}
+    context = {
+        "name": made.name,
+        "lines": judged.metrics,
+        "left_out": judged.left_out,
+        "known": known,
+        "unknown": unknown,
+        "steps": steps,
+    }
     write_text(folder / "calibration.html", render("calibration.html.j2", context))
     return judged
 
 
-def judge(rows: Sequence[dict[str, Any]], known: set[str]) -> list[Calibrated]:
-    """Metrics by trust, from the values of all models; a metric that some model lacks is left out."""
+def judge(rows: Sequence[dict[str, Any]], known: set[str]) -> Calibration:
+    """Metrics by trust, from the values of all models."""
     from .verdict import auc
 
     whole = [row for row in rows if "all" in row["values"]]
-    metrics = [
-        name
-        for name in whole[0]["values"]["all"]
-        if all(name in part for row in rows for part in row["values"].values())
-    ]
+    left_out: dict[str, str] = {}
+    for row in rows:
+        for part in row["values"].values():
+            for name, value in part.items():
+                if isinstance(value, str):
+                    left_out.setdefault(name, value)
+    metrics = [name for name in whole[0]["values"]["all"] if name not in left_out]
     found = []
     for name in metrics:
         pool = {
@@ -226,4 +248,4 @@ def judge(rows: Sequence[dict[str, Any]], known: set[str]) -> list[Calibrated]:
                 models=sum(map(len, pool.values())),
             )
         )
-    return sorted(found, key=lambda one_: (-one_.trust, -one_.faithfulness, one_.metric))
+    return Calibration(sorted(found, key=lambda one_: (-one_.trust, -one_.faithfulness, one_.metric)), left_out)

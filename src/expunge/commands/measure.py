@@ -137,7 +137,7 @@ def calibrate(
             progress=progress,
         )
     if json:
-        say_json([{**asdict(one), "use": one.word} for one in found])
+        say_json({"metrics": [{**asdict(one), "use": one.word} for one in found.metrics], "left_out": found.left_out})
         return
     columns = ["metric", "trust", "faithfulness", "quantisation", "relearning", "know it", "never saw it", "use"]
     rows = [
@@ -147,9 +147,11 @@ def calibrate(
             *(f"{v:.3g}" for v in (one.known, one.unknown)),
             one.word,
         ]
-        for one in found
+        for one in found.metrics
     ]
     say_table(columns, rows)
+    for name, reason in found.left_out.items():
+        say(f"{name} is not judged: {reason}")
     say(f"calibration: {folder / 'calibration.html'}")
 
 
