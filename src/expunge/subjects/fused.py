@@ -105,6 +105,13 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]
     return rotate
 
 
+def touched(model: nn.Module) -> bool:
+    """Whether somebody looks into the model's modules, or has put something in the place of what they compute."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
+
+
 # --- what may be replaced --------------------------------------------------------------------------------------------
 
 

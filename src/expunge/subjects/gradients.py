@@ -5,8 +5,9 @@ the gradient of what it gave. Its squared norm is sum_tu (G G^T)_tu (A A^T)_tu, 
 formed where T (in + out) < in out (ghost norms, arXiv:2110.05679). Rows share nothing in such a pass: tokens that two
 rows shared would get the sum of their gradients. Where the head is the embedding too, the cross term of both joins.
 
-Models with weights that are used in another way (experts, heads with caps) run backward row by row; which it is, is
-tried once.
+Blocks of the common kind go there and back in few operators, and what rows begin with alike is read once
+(plain_norms.py); others as autograd has it. Models with weights that are used in another way (experts, heads with caps)
+run backward row by row. Which it is, is tried once.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
+from .plain_norms import Walk, pays
+from .plain_pass import PlainPass, plain_pass
 from .quantised import is_quantised
 from .side_by_side import side_by_side
 from .sparing import sparing
+from .token_statistics import token_statistics
 
 if TYPE_CHECKING:
     from .language import LanguageModel
@@ -40,6 +44,7 @@ LOGITS = 1 << 20
 """Logits at once (4 MiB), or those of one row."""
 
 _together: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_walks: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def gradient_norms(
@@ -75,11 +80,12 @@ def norms_and_columns(
     """As `gradient_norms`, of a model whose rows go together; also the rows of each pass, and for each pass the columns
     of `Scores`, which follow from the same states."""
     groups = _groups(rows)
+    walks = _can_walk(subject, max(len(row.ids) for row in rows))
     with _moving(list(subject.model.parameters()), False):
         parts = side_by_side(
             subject,
             groups,
-            lambda model, group: _many(model, [rows[i] for i in group], columns),
+            lambda model, group: _many(model, [rows[i] for i in group], columns, walks),
             of=[row.ids for row in rows],
             progress=progress,
         )
@@ -256,24 +262,73 @@ def _scale(module: nn.Module, read: Tensor, gradient: Tensor, rows: _Rows) -> di
 _KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _matrix), ((nn.Embedding,), _table))
 
 
-@torch.enable_grad()
 def _many(
-    subject: LanguageModel, rows: Sequence[Encoded], columns: bool = False
+    subject: LanguageModel, rows: Sequence[Encoded], columns: bool = False, walks: bool = False
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long.
     Where they are asked for, the columns of `Scores` too.
 
     Weights must not ask for gradients meanwhile.
+
+    Args:
+        walks: in few operators.
     """
     pack_ = pack(rows, subject.device, sharing="nothing")
-    whole, predicting = _Rows([len(row.ids) - 1 for row in rows]), _Rows([row.scored for row in rows])
-    mlp = subject.blocks[-1].mlp if subject.can_spare and len(pack_.read) < pack_.tokens else None
+    whole = _Rows([len(row.ids) - 1 for row in rows])
     names = {id(p): number for number, p in enumerate(subject.model.parameters())}
     squares = torch.zeros(len(names), len(rows), device=subject.device)
     embedding, head = subject.model.get_input_embeddings(), subject.linear_head
     assert head is not None
     tied = head.weight is embedding.weight
     crossing = torch.zeros(pack_.tokens, embedding.weight.shape[1], device=subject.device) if tied else None
+    statistics: list[Sequence[Tensor]] = []
+
+    def add(parameter: Tensor, found: Tensor) -> None:
+        squares[names[id(parameter)]] += found
+
+    def turn(hidden: Tensor) -> Tensor:
+        back, found = _head(head, hidden, pack_, crossing, statistics.append if columns else None)
+        for name, values in found.items():
+            add(head.get_parameter(name), values)
+        return back
+
+    def fed(gradient: Tensor) -> None:
+        add(embedding.weight, _table(embedding, pack_.ids[0], gradient, whole)["weight"])
+        if crossing is not None:
+            add(embedding.weight, 2 * whole.sums(gradient * crossing).sum(1))
+
+    plain = _plain(subject) if walks else None
+    if plain is None:
+        _watched(subject, pack_, turn, add, fed)
+    else:
+        walk = Walk(plain, rows)
+        fed(walk.back(turn(walk.there()), add))
+    pulls: np.ndarray = squares.clamp_min(0).sqrt().T.cpu().numpy()
+    return pulls, subject.named(pack_, [torch.cat(one) for one in zip(*statistics)]) if columns else {}
+
+
+_Add = Callable[[Tensor, Tensor], None]
+"""Takes (parameter, (rows,) what its squared norms grow by)."""
+
+
+@torch.enable_grad()
+def _watched(
+    subject: LanguageModel,
+    pack_: Pack,
+    turn: Callable[[Tensor], Tensor],
+    add: _Add,
+    fed: Callable[[Tensor], None],
+) -> None:
+    """There and back by the model's own code and autograd.
+
+    Args:
+        turn: from final states (A, d) to their gradients.
+        fed: takes the gradients (tokens, d) of what the embedding gave.
+    """
+    whole = _Rows([len(row.ids) - 1 for row in pack_.rows])
+    predicting = _Rows([row.scored for row in pack_.rows])
+    mlp = subject.blocks[-1].mlp if subject.can_spare and len(pack_.read) < pack_.tokens else None
+    embedding = subject.model.get_input_embeddings()
     flat: tuple[Tensor, Tensor] | None = None
 
     def watch(module: nn.Module, norms: _Norms) -> Callable[..., None]:
@@ -293,10 +348,10 @@ def _many(
             @torch.no_grad()
             def backward(gradient: Tensor) -> None:
                 gradient = gradient.reshape(tokens, -1).float()
+                if module is embedding:
+                    return fed(gradient)
                 for name, found in norms(module, read, gradient, places).items():
-                    squares[names[id(module.get_parameter(name))]] += found
-                if module is embedding and crossing is not None:
-                    squares[names[id(embedding.weight)]] += 2 * places.sums(gradient * crossing).sum(1)
+                    add(module.get_parameter(name), found)
 
             if output.requires_grad:
                 output.register_hook(backward)
@@ -310,20 +365,52 @@ def _many(
             if mlp is not None:
                 stack.enter_context(sparing(subject.model.get_submodule(mlp), pack_.read))
             hidden = subject.run_decoder(pack_)[pack_.predict]
-        back, found = _head(head, hidden.detach(), pack_, crossing)
-        for name, values in found.items():
-            squares[names[id(head.get_parameter(name))]] += values
-        hidden.backward(back)
-    pulls: np.ndarray = squares.clamp_min(0).sqrt().T.cpu().numpy()
-    return pulls, subject.columns(pack_, hidden.detach()) if columns else {}
+        hidden.backward(turn(hidden.detach()))
 
 
 @torch.no_grad()
-def _head(head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+def _plain(subject: LanguageModel) -> PlainPass | None:
+    return plain_pass(subject)
+
+
+def _can_walk(subject: LanguageModel, longest: int) -> bool:
+    """Whether passes over rows of at most so many tokens go there and back in few operators; tried once."""
+    plain = _plain(subject)
+    if plain is None or not pays(plain, longest):
+        return False
+    if subject.model not in _walks:
+        _walks[subject.model] = _walk(subject)
+    return _walks[subject.model]
+
+
+def _walk(subject: LanguageModel) -> bool:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, subject.vocabulary, (3, 9), generator=generator).tolist()
+    rows = [Encoded((*ids[0], *text[:length]), 11, 0, "") for text, length in zip(ids, (5, 7, 9))]
+    found = []
+    with _moving(list(subject.model.parameters()), False):
+        for walks in (False, True):
+            try:
+                found.append(_many(subject, rows, walks=walks)[0])
+            except Exception:  # any failure means that this model is of another kind
+                return False
+    own, walked = found
+    return bool(np.allclose(own, walked, rtol=1e-4, atol=1e-4 * float(np.nanmax(own))))
+
+
+@torch.no_grad()
+def _head(
+    head: nn.Linear,
+    hidden: Tensor,
+    pack_: Pack,
+    crossing: Tensor | None,
+    keep: Callable[[Sequence[Tensor]], None] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(gradients of rows' losses at the states that predict, what the head adds to squared norms (rows,)).
 
     Args:
         crossing: (tokens, d), becomes what the head's gradient holds at every fed token's own row of the table.
+        keep: takes the statistics of the tokens of several rows, row by row.
     """
     rows = pack_.rows
     fed = pack_.every.split([len(row.ids) - 1 for row in rows])
@@ -337,7 +424,12 @@ def _head(head: nn.Linear, hidden: Tensor, pack_: Pack, crossing: Tensor | None)
     for first in range(0, len(rows), many):
         counts = [row.scored for row in rows[first : first + many]]
         part = slice(stop, stop := stop + sum(counts))
-        g = torch.nn.functional.linear(hidden[part], head.weight, head.bias).float().softmax(-1)
+        logits = torch.nn.functional.linear(hidden[part], head.weight, head.bias).float()
+        if keep is not None:
+            order = torch.arange(len(logits), device=logits.device)
+            # Which overwrite what they read.
+            keep(token_statistics(torch.clone, logits, pack_.target[part], order, len(head.weight)))
+        g = logits.softmax(-1)
         g[torch.arange(len(g)), pack_.target[part]] -= 1
         g *= weights[part, None]
         back[part] = g.to(hidden.dtype) @ head.weight

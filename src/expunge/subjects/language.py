@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,10 @@ from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
 from .entering import Entry, entering, enters
+from .fused import touched
 from .packed import TOKEN_BUDGET, Encoded, Pack, batches, in_order, pack, packed_attention
+from .plain import product
+from .plain_pass import Plan, plain_pass, plan_of
 from .protocol import Progress, Taps
 from .side_by_side import at_once, side_by_side
 from .sparing import mlp_of, out_of, sparing
@@ -116,6 +119,7 @@ class LanguageModel:
         self._can_enter: bool | None = None
         self._can_enter_inside: bool | None = None
         self._can_spare: bool | None = None
+        self._plain: Plan | Literal[False] | None = None
         self.cuts: dict[int, str] = {}
         """What `contexts.can_cut` found, by length: beginnings are shared, stand apart, or cannot be cut ("")."""
         self._parts: list[BlockParts] | None = None
@@ -204,7 +208,7 @@ class LanguageModel:
         made = LanguageModel(model, self.tokenizer, name or self.name, self.template)
         made._mode, made._can_enter, made._parts = self._mode, self._can_enter, self._parts
         made._can_enter_inside, made._can_spare = self._can_enter_inside, self._can_spare
-        made.cuts = self.cuts
+        made._plain, made.cuts = self._plain, self.cuts
         return made
 
     def copy(self) -> LanguageModel:
@@ -416,6 +420,8 @@ class LanguageModel:
         """
         if self.mode == "rows":
             return torch.cat([self.plain_states(row) for row in pack_.rows])
+        if plain := plain_pass(self):
+            return plain.states(pack_)[pack_.distinct[1]]
         with self.packing(pack_):
             return self.run_decoder(pack_)[pack_.predict]
 
@@ -599,12 +605,19 @@ class LanguageModel:
             self._can_spare = self.mode != "rows" and self.blocks[-1].mlp is not None and _spares(self)
         return self._can_spare
 
+    @property
+    def plain(self) -> Plan | None:
+        """How passes without gradients run in fewer operators; None where they do not. Tried once on a few rows."""
+        if self._plain is None:
+            self._plain = plan_of(self) or False
+        return self._plain or None
+
     def settle(self) -> None:
         """Try out now what is otherwise tried when a pass first needs it."""
         if self.can_enter:
             _ = self.others
         _ = self.can_spare
-        _ = self.blocks, self.linear_head
+        _ = self.blocks, self.linear_head, self.plain
 
     @contextmanager
     def perturbed(self, layer: int, delta: Tensor) -> Iterator[None]:
@@ -689,7 +702,11 @@ class LanguageModel:
         if own is not None:
             moments = torch.zeros(len(first), dtype=torch.bool, device=hidden.device)
             moments[at[torch.tensor(own, device=hidden.device)[pack_.row]]] = True
-        statistics = self.statistics(hidden[first], pack_.target, at, moments)
+        return self.named(pack_, self.statistics(hidden[first], pack_.target, at, moments))
+
+    @staticmethod
+    def named(pack_: Pack, statistics: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        """The columns of `Scores` for a pack's answer tokens, whose `statistics` (n,) are known."""
         found = {name: v.cpu().numpy() for name, v in zip(("logprob", "hit", "mean", "variance"), statistics)}
         found["token"] = pack_.target.to(torch.int32).cpu().numpy()
         found["end"] = np.concatenate([np.arange(row.scored) >= row.scored - row.closing for row in pack_.rows])
@@ -806,7 +823,22 @@ class LanguageModel:
             at: (n,) which state predicts each.
             moments: (m,) states whose mean and variance are asked for, by default all.
         """
-        return token_statistics(self.head, hidden, target, at, self.vocabulary, moments)
+        return token_statistics(self._in_one_place(self.head), hidden, target, at, self.vocabulary, moments)
+
+    def _in_one_place(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The same head, whose logits overwrite those before where they are nothing but a product."""
+        linear = self.linear_head if type(self).head is LanguageModel.head else None
+        if linear is None or touched(linear):
+            return head
+        room = torch.empty(0)
+
+        def logits(hidden: Tensor) -> Tensor:
+            nonlocal room
+            if len(room) < len(hidden):
+                room = hidden.new_empty(len(hidden), len(linear.weight))
+            return product(hidden, linear.weight, linear.bias, room[: len(hidden)])
+
+        return logits
 
     @cached_property
     def vocabulary(self) -> int:
@@ -977,14 +1009,18 @@ def _choose_mode(model: LanguageModel) -> str:
     plain = torch.cat([model.plain_states(row) for row in rows]).float()
     pack_ = pack(rows, model.device)
     tolerance = (1e-4 if model.dtype == torch.float32 else 5e-2) * float(plain.abs().max())
-    for mode in ("families", "mask"):
-        model._mode = mode
-        try:
-            states = model.hidden_states(pack_).float()
-        except Exception:  # any failure means that this model does not take rows packed this way
-            continue
-        if states.shape == plain.shape and float((states - plain).abs().max()) <= tolerance:
-            return mode
+    model._plain = False  # until its own code is known to take packs
+    try:
+        for mode in ("families", "mask"):
+            model._mode = mode
+            try:
+                states = model.hidden_states(pack_).float()
+            except Exception:  # any failure means that this model does not take rows packed this way
+                continue
+            if states.shape == plain.shape and float((states - plain).abs().max()) <= tolerance:
+                return mode
+    finally:
+        model._plain = None
     return "rows"
 
 

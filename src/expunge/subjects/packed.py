@@ -271,6 +271,11 @@ class Pack:
         hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
+    @property
+    def windows(self) -> set[int | None]:
+        """How far back attention looked in passes without gradients; None: anywhere."""
+        return {key[2] for key in self.masks if key[0] == "path"}
+
     @cached_property
     def distinct(self) -> tuple[Tensor, Tensor]:
         """(m,) of the answer tokens predicted at one position the first, and (n,) that position's number for each."""
@@ -515,11 +520,12 @@ def _attend(
     if query.requires_grad and query.device.type == "cpu" and dtype.itemsize < 4:
         # The kernel's way back takes longer in bf16 than in fp32, these copies included.
         query, key, value = query.float(), key.float(), value.float()
+    if not torch.is_grad_enabled():
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        return along_paths(pack_, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if not torch.is_grad_enabled():
-        return _along_paths(pack_, query, key, value, scaling, sliding_window, softcap), None
     outputs = []
     # Split once: the gradient of slices would be a whole tensor of zeros for every one of them.
     sizes = [run.stop - run.start for run in pack_.runs]
@@ -536,27 +542,32 @@ def _attend(
     return torch.cat(outputs, dim=1).to(dtype), None
 
 
-def _along_paths(
+def along_paths(
     pack_: Pack,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scaling: float | None,
     window: int | None,
-    softcap: float | None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """As `_attend`, where nothing has to be sent back: every row looks along its own path and at nothing else."""
+    """Attention of one layer where nothing has to be sent back: every row looks along its own path and at nothing else.
+
+    query (tokens, heads, d), key and value (tokens, groups of heads, d); returns (tokens, heads, d).
+    """
     bundles, back = pack_.paths
-    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    repeats = query.shape[1] // key.shape[1]
     outputs = []
     for number, bundle in enumerate(bundles):
         own, seen, worth = (
             part.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)
-            for part, at in ((q, bundle.queries), (k, bundle.keys), (v, bundle.keys))
+            for part, at in ((query, bundle.queries), (key, bundle.keys), (value, bundle.keys))
         )
+        if repeats > 1:
+            seen, worth = seen.repeat_interleave(repeats, dim=1), worth.repeat_interleave(repeats, dim=1)
         out = attention(own, seen, worth, pack_.path_mask(number, window, query.dtype), scaling, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, back).unsqueeze(0)
+    return torch.cat(outputs).index_select(0, back)
 
 
 def attention(

@@ -1,20 +1,15 @@
-"""Tails through blocks of the common kind as one function: root-mean-square norms, rotary attention, gated MLPs.
+"""Tails through blocks of the common kind (plain.py) as one function with its own way back.
 
-    a = norm(x)    y = x + Wo attention(rotate(Wq a), [K, rotate(Wk a)], [V, Wv a])
-    m = norm(y)    z = y + Wd (act(Wg m) * Wu m)                                         as in Llama, Mistral, Qwen 2
-
-K and V are those of tokens that stay as they are. For a hundred tokens a model's own code is hundreds of operators a
-block, those of autograd among them, which take longer than the products; and K and V are put together anew in every
-pass, and get gradients that nobody wants. Here a block takes some thirty operators forward and as many backward.
-Gradients go to the change alone. In the first block nothing but the first token of a tail moves, and the last one asks
-for the tokens that are read. What is of that kind is seen from a block's parts; whether it computes the above is tried
-out by the caller (tails.py).
+K and V of tokens that stay as they are stand before a tail's own. For a hundred tokens a model's own code is hundreds
+of operators a block, those of autograd among them, which take longer than the products; and K and V are put together
+anew in every pass, and get gradients that nobody wants. Here a block takes some thirty operators forward and as many
+backward. Gradients go to the change alone. In the first block nothing but the first token of a tail moves, and the last
+one asks for the tokens that are read. Whether a model's blocks compute this is tried out by the caller (tails.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,68 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import Block, anatomy
-from .fused import eps_of, norm_style, rotated
-
-Kept = tuple[Tensor, ...]
-"""What a way back needs of the way there."""
-ACTS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor]], ...] = (
-    (F.silu, torch.ops.aten.silu_backward),
-    (F.gelu, torch.ops.aten.gelu_backward),
-    (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
-)
-"""Activations of gates, and from (gradient, input) the gradient by the input."""
-
-
-def _act(found: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The one of `ACTS` that gives what a model's own does."""
-    x = torch.linspace(-6, 6, 49, device=like.device, dtype=like.dtype)
-    for known in ACTS:
-        if torch.allclose(known[0](x), found(x), rtol=1e-6, atol=1e-6):
-            return known
-    raise ValueError("no activation of a known kind")
-
-
-class _Norm:
-    def __init__(self, norm: Any) -> None:
-        kind: Any = type(norm)
-        style = norm_style(kind)
-        if style is None:
-            raise ValueError("no norm of a known kind")
-        self.weight = norm.weight + style[0] if style[0] else norm.weight
-        self.eps = self.weight.new_tensor(eps_of(norm))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Kept]:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(self.eps, size, size, value=1 / x.shape[-1]).rsqrt_()
-        plain = x * scale
-        return plain * self.weight, (plain, scale)
-
-    def backward(self, gradient: Tensor, kept: Kept) -> Tensor:
-        """s (w g - p <w g, p> / d) for p = x s."""
-        plain, scale = kept
-        g = gradient * self.weight
-        return g.addcmul_(plain, (g * plain).sum(-1, keepdim=True), value=-1 / g.shape[-1]).mul_(scale)
-
-
-class _Linear:
-    def __init__(self, model: nn.Module, names: Sequence[str], start: str = "") -> None:
-        """The one linear layer that holds these parameters, of those whose names start so."""
-        owners = {name.rpartition(".")[0] for name in names}
-        found = [owner for owner in owners if owner.rpartition(".")[2].startswith(start)]
-        module = model.get_submodule(found[0]) if len(found) == 1 else None
-        if type(module) is not nn.Linear:
-            raise ValueError("no linear layer of its own")
-        self.weight, self.bias = module.weight, module.bias
-
-    def forward(self, x: Tensor, others: Tensor | None = None) -> Tensor:
-        """What it gives, added to others."""
-        if others is None:
-            return F.linear(x, self.weight, self.bias)
-        out = torch.addmm(others, x, self.weight.t())
-        return out if self.bias is None else out.add_(self.bias)
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.weight
+from .fused import rotated
+from .plain import Kept, Names, Norm, Parts, angles
 
 
 class _Block:
@@ -98,21 +33,15 @@ class _Block:
         Raises:
             ValueError: it is of another kind.
         """
-        self.q, self.k, self.v = (_Linear(model, block.qkv, start) for start in "qkv")
-        self.o, self.gate, self.up, self.down = (
-            _Linear(model, names) for names in (block.attention_out, block.mlp_gate, block.mlp_in, block.mlp_out)
-        )
-        if len(block.norm) != 2:
-            raise ValueError("not two norms")
-        self.first, self.second = (_Norm(model.get_submodule(name.rpartition(".")[0])) for name in block.norm)
-        attention, mlp = (model.get_submodule(names[0].rsplit(".", 2)[0]) for names in (block.qkv, block.mlp_gate))
-        self.scale: float = attention.scaling  # type: ignore[assignment]
-        self.act, self.act_back = _act(mlp.act_fn, keys)  # type: ignore[arg-type]
+        parts = Parts(model, Names.of(block), keys)
+        self.q, self.k, self.v, self.o = parts.q, parts.k, parts.v, parts.o
+        self.gate, self.up, self.down = parts.gate, parts.up, parts.down
+        self.first, self.second, self.scale = parts.first, parts.second, parts.scale
+        self.act, self.act_back = parts.act, parts.act_back
         self.n, self.groups, self.before, self.width = keys.shape
         self.heads = len(self.q.weight) // self.width
         cos, sin = named["position_embeddings"]
-        half = self.width // 2
-        self.angles = [part.expand(self.n, -1, -1)[:, :, None] for part in (cos, -sin[..., :half], sin[..., half:])]
+        self.angles = [part.expand(self.n, -1, -1)[:, :, None] for part in angles(cos, sin)]
         """Each (n, tail, 1, width or half of it), of the tokens that move."""
         self.asking = self.angles
         """Of those that ask."""
@@ -260,7 +189,7 @@ class PlainTail:
         if parts.final_norm is None or parts.narrowing is not None or not above:
             raise ValueError("no block, or no final norm alone above it")
         self.stream = stream
-        self.norm = _Norm(parts.final_norm[1])
+        self.norm = Norm(parts.final_norm[1])
         self.blocks = [_Block(model, *one) for one in above]
         self.blocks[-1].only(read)
         if len(self.blocks) > 1:

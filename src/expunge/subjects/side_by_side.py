@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from .. import processes
+from .fused import touched
 
 if TYPE_CHECKING:
     from .language import LanguageModel
@@ -50,7 +51,7 @@ def side_by_side(
     many = min(at_once(subject), mine // fewest)
     if many < 2:
         return subject.share(groups, lambda group: do(subject, group), of=of, progress=progress)
-    _ = subject.mode  # tried once, and not by each of them
+    _ = subject.mode, subject.plain  # tried once, and not by each of them
     free: SimpleQueue[LanguageModel] = SimpleQueue()
     for _ in range(many):
         free.put(_twin(subject))
@@ -85,10 +86,7 @@ def _can_part(subject: LanguageModel) -> bool:
 
     if type(subject) is not LanguageModel or subject.sharded or subject.device.type != "cpu":
         return False
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        for module in subject.model.modules()
-    )
+    return not touched(subject.model)
 
 
 def _twin(subject: LanguageModel) -> LanguageModel:
