@@ -118,7 +118,7 @@ def test_any_method_serves_a_sequence_and_a_killed_command_goes_on(rows, vit, tm
     assert card.value("h_mean") == pytest.approx(np.mean(means) / 100, abs=1e-3)
     assert {one.metric for one in card.measured} == {"h_mean", "retain_accuracy", "forgotten_accuracy"}
     assert (table.rows[0][table.columns.index("active")] != "") == (method == "gs_lora")
-    monkeypatch.setattr("expunge.benchmarks.continual_forgetting.serve", None)
+    monkeypatch.setattr("expunge.benchmarks.served.serve", None)
     again = bench("continual_forgetting", vit, data=str(tmp_path / "data"), out=tmp_path / "out", settings=settings)
     assert again.tables[0].rows == table.rows
 

@@ -16,7 +16,7 @@ from tiny import tiny
 
 from expunge.bench import bench
 from expunge.benchmarks import muse, muse_mini
-from expunge.benchmarks.muse_data import cut, few_shot, folds, head, read
+from expunge.benchmarks.muse_data import cut, few_shot, folds, head, length, read, windows
 from expunge.errors import ParameterError, RowError, TableError
 from expunge.methods.optimise.loop import fit
 from expunge.metrics.measure import values
@@ -334,3 +334,66 @@ def test_without_a_gold_that_forgot_there_is_no_privacy_score_but_a_sentence(pub
         card.value("privleak")
     assert any("privleak was not measured: the gold model itself tells" in note for note in card.notes)
     assert card.value("verbmem_f", "gold") == 1
+
+
+# --- requests, larger and in turn ------------------------------------------------------------------------------------
+
+
+def test_training_texts_are_cut_into_windows_of_which_the_last_is_filled_from_the_beginning(memoriser):
+    texts = [Row(id=str(i), answer=f"{prompt} {gt}", kind="text") for i, (prompt, gt) in enumerate(NEWS)]
+    whole = "\n\n".join(row.answer for row in texts)
+    tokens = length(memoriser.tokenizer, whole)
+    size = tokens // 2 + 1
+    made = [row.answer for row in windows(memoriser.tokenizer, texts, size)]
+    assert len(made) == 2
+    assert whole.startswith(made[0])
+    rest = whole[len(made[0]) :].strip()
+    assert made[1].strip().startswith(rest)
+    assert whole.startswith(made[1].strip()[len(rest) :].strip())
+    assert all(abs(length(memoriser.tokenizer, text) - size) <= 3 for text in made)
+    # A text that fills no window stays one.
+    assert [row.answer for row in windows(memoriser.tokenizer, texts, tokens + 5)] == [whole]
+
+
+def test_requests_are_served_larger_and_in_turn_and_not_again(tiny_world, tmp_path, monkeypatch):
+    training = {"epochs": 2, "batch_size": 4, "learning_rate": 3e-3}
+    options = {"gold": tiny_world.golds[:1], "out": tmp_path, "bootstrap": 20}
+    settings = {"shots": 0, "answer": 6, "training": training}
+    card = bench("muse_requests", tiny_world.original, settings=settings, **options)
+    after, again, epochs = card.tables
+    at = {name: i for i, name in enumerate(after.columns)}
+    lines = {(line[0], line[1]): line for line in after.rows}
+    assert list(lines) == [("", 0), *((kind, k) for kind in ("scal", "sust") for k in (1, 2, 3, 4)), ("gold", "")]
+    assert lines["scal", 1][2:] == lines["sust", 1][2:]
+    sizes = {kind: [lines[kind, k][at["texts"]] for k in (1, 2, 3, 4)] for kind in ("scal", "sust")}
+    assert sizes["scal"] == list(np.cumsum(sizes["sust"]))
+    for kind, name in (("scal", "scalability"), ("sust", "sustainability")):
+        kept = [lines[kind, k][at["knowmem_r"]] for k in (1, 4)]
+        assert card.value(name) == pytest.approx(kept[1] - kept[0], abs=1e-4)
+        assert card.value(f"knowmem_r after {kind}") == pytest.approx(kept[1])
+    # The target knows the first request's facts, and the texts of a request are looked at again after every later one.
+    assert lines["", 0][at["knowmem_f"]] > lines["sust", 4][at["knowmem_f"]]
+    assert [sum(cell != "" for cell in line) for line in again.rows] == [2, 3, 4, 5]
+    assert [line[0] for line in epochs.rows] == [1]
+    monkeypatch.setattr("expunge.benchmarks.served.serve", None)
+    repeated = bench("muse_requests", tiny_world.original, settings=settings, **options)
+    assert [table.rows for table in repeated.tables] == [table.rows for table in card.tables]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"kinds": []}, "expected scal or sust"),
+        ({"method": "icul"}, "icul changes no weights of language models"),
+        ({"method": {"npo": {}, "idk": {}}}, "expected a name, or one name with settings"),
+        ({"training": {"epoch": 3}}, "training has no field 'epoch'"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(memoriser, tmp_path, settings, sentence):
+    with pytest.raises(ParameterError, match=sentence):
+        bench("muse_requests", memoriser, settings=settings, out=tmp_path)
+
+
+def test_books_has_no_requests(published, memoriser, tmp_path):
+    with pytest.raises(RowError, match="News only"):
+        bench("muse_requests", memoriser, data=str(published), out=tmp_path / "out")

@@ -9,32 +9,24 @@ class's logit before the arg max, which makes forgetting look easier; here there
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 
-from .. import registry
-from ..deltas import Delta
-from ..errors import ParameterError, suggest
+from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
-from ..methods.edit.case import EditCase
-from ..methods.optimise.loop import Training
-from ..methods.optimise.unlearn import unlearn
 from ..metrics.measure import gather
 from ..metrics.values import Aggregate, Units, Values
 from ..pictures import Picture
-from ..registry import Part, benchmark
+from ..registry import benchmark
 from ..tables.passes import Score, run
-from ..tables.store import content_key
 from ..world.facts import World
 from .case import Bench
 from .continual_data import Continual, Task, TaskFile, figures, h_mean, read, write
+from .served import Way, kept, way
 
 
 def mini(_: World, folder: Path) -> None:
@@ -42,16 +34,6 @@ def mini(_: World, folder: Path) -> None:
     from ..world.pictures.draw import digits
 
     write(digits(), TaskFile(first=8, per_task=2, tasks=3, data_ratio=0.3), folder)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How every task is served."""
-
-    part: Part
-    settings: Mapping[str, Any]
-    scope: str | None
-    training: Training
 
 
 @benchmark(paper="arXiv:2403.11530", data="a folder with train, test and tasks.json", modality=("image",))
@@ -75,8 +57,8 @@ def continual_forgetting(
     start = bench.subject
     hits = [_hits(bench, start, case.rows["test"])]
     about = []
-    for number, (task, way) in enumerate(zip(case.tasks, ways), start=1):
-        delta = _served(bench, start, case, task, way, number)
+    for number, (task, how) in enumerate(zip(case.tasks, ways), start=1):
+        delta = kept(bench, start, case.request(task), how, f"task {number}")
         about.append(delta.lineage["task"])
         start = delta.apply(start)
         hits.append(_hits(bench, start, case.rows["test"]))
@@ -90,28 +72,6 @@ def continual_forgetting(
     )
 
 
-def serve(
-    subject: Any, data: Mapping[str, list[Picture]], way: Way, progress: Callable[[int, int], None] | None = None
-) -> tuple[Delta, dict[str, Any]]:
-    """(what the method changes, what is reported of its run: seconds, and for adapters the share of weights that could
-    move and the groups that are active)"""
-    rows: Any = data
-    began = time.monotonic()
-    about: dict[str, Any] = {}
-    if way.part.card.kind == "optimise":  # type: ignore[union-attr]
-        outcome = unlearn(
-            subject, way.part, way.settings, scope=way.scope, data=rows, training=way.training, progress=progress
-        )
-        delta, summary = outcome.delta, outcome.summary
-        about["share"] = summary["scope"]["share"]
-        if groups := summary.get("prepared", {}).get("groups"):
-            about |= {"active": len(groups["active"]), "of": groups["of"]}
-    else:
-        case = EditCase(subject, rows, way.training, way.scope)
-        delta = way.part.function(case, **way.settings)
-    return delta, {**about, "rows": sum(map(len, data.values())), "seconds": round(time.monotonic() - began, 2)}
-
-
 def _ways(
     seed: int,
     method: str,
@@ -121,46 +81,22 @@ def _ways(
     training: Mapping[str, Any],
     count: int,
 ) -> list[Way]:
-    part = registry.get("methods", method)
-    if part.card.kind == "guard" or "image" not in part.card.modality:  # type: ignore[union-attr]
-        raise ParameterError(f"continual_forgetting: {method} changes no weights of image classifiers")
     for name, each in per_task.items():
         if len(each) != count:
             raise ParameterError(f"continual_forgetting: per_task: {name} has {len(each)} values for {count} tasks")
-    if unknown := sorted(training.keys() - Training.__dataclass_fields__.keys()):
-        fields = suggest(unknown[0], list(Training.__dataclass_fields__))
-        raise ParameterError(f"continual_forgetting: training has no field {unknown[0]!r}. {fields}")
-    try:
-        made = pydantic.TypeAdapter(Training).validate_python({"guard": None, "seed": seed, **training})
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ParameterError(f"continual_forgetting: training.{where}: {first['msg']}") from None
-    return [
-        Way(
-            part,
-            part.resolve({**settings, **{name: each[i] for name, each in per_task.items()}}),
-            scope or None,
-            # Each task draws anew.
-            replace(made, seed=made.seed + i),
+    found = [
+        way(
+            "continual_forgetting",
+            "image",
+            method,
+            {**settings, **{name: each[i] for name, each in per_task.items()}},
+            scope,
+            {"seed": seed, **training},
         )
         for i in range(count)
     ]
-
-
-def _served(bench: Bench, start: Any, case: Continual, task: Task, way: Way, number: int) -> Delta:
-    """A task's delta: what an earlier command left, or made now."""
-    data = case.request(task)
-    ids = {name: [row.id for row in rows] for name, rows in data.items()}
-    plain = json.loads(json.dumps([way.settings, way.scope, vars(way.training)], default=vars))
-    folder = bench.folder / "tasks" / content_key(start.fingerprint, way.part.name, plain, ids)
-    if (folder / "delta.json").is_file():
-        return Delta.load(folder)
-    phase = None if bench.progress is None else lambda done, total: bench.progress(f"task {number}", done, total)  # type: ignore[misc]
-    delta, about = serve(start, data, way, phase)
-    delta = replace(delta, lineage={**delta.lineage, "task": about})
-    delta.save(folder)
-    return delta
+    # Each task draws anew.
+    return [replace(one, training=replace(one.training, seed=one.training.seed + i)) for i, one in enumerate(found)]
 
 
 def _hits(bench: Bench, subject: Any, rows: Sequence[Picture]) -> np.ndarray:

@@ -6,8 +6,8 @@
 | C2 no knowledge memorisation | knowmem_f | ROUGE-L F1 of answers about forget texts, in-context examples before them |
 | C3 no privacy leakage | privleak | 100 (a - a_gold) / a_gold, a = 1 - AUC of Min-K% between forget and holdout texts |
 | C4 utility | knowmem_r | C2 on texts to keep |
-| C5 scalability | knowmem_r after ever larger requests | needs one model per fold of scal |
-| C6 sustainability | knowmem_r after one request after another | needs one model per fold of sust |
+| C5 scalability | knowmem_r after ever larger requests | benchmark `muse_requests` |
+| C6 sustainability | knowmem_r after one request after another | benchmark `muse_requests` |
 
 ROUGE lies between 0 and 1 here, a hundred times as much in the paper. PrivLeak is -100 where forget texts stand out as
 members as clearly as can be, 0 for the retrained model, and at most 100 (1 - a_gold) / a_gold where they look stranger
@@ -50,6 +50,10 @@ ATTACKS: tuple[tuple[str, dict[str, Any]], ...] = (
 QUESTIONS = ("forget_qa", "retain_qa")
 TEXTS = ("forget", "retain", "holdout")
 OUTPUTS = "Outputs that say nothing"
+ELSEWHERE = (
+    "Scalability (C5) and sustainability (C6) compare models that forgot several requests: `expunge bench "
+    "muse_requests MODEL --set method=...` makes them of the model before."
+)
 
 
 @benchmark(paper="arXiv:2407.06460", data="muse-bench/MUSE-News, muse-bench/MUSE-Books")
@@ -65,7 +69,7 @@ def muse(
 ) -> Scorecard:
     """MUSE: verbatim and knowledge memorisation, privacy leakage and utility of a model that forgot texts.
 
-    Scalability and sustainability compare models that forgot other folds: run it on each of them.
+    Scalability and sustainability compare models that forgot other requests: `muse_requests` makes and measures them.
 
     Args:
         k: share of tokens that Min-K% reads.
@@ -85,11 +89,7 @@ def muse(
         _rouge(bench, views, rows, "forget_qa", "knowmem_f", dialect),
         _rouge(bench, views, rows, "retain_qa", "knowmem_r", dialect),
     ]
-    notes = [
-        "Scalability (C5) and sustainability (C6) compare several models: forget scal/forget_1 ... forget_4 with one "
-        "each and sust/forget_1 ... forget_4 one after the other, and put their knowmem_r side by side; "
-        "`expunge reproduce muse` does so on the mini version."
-    ]
+    notes = [ELSEWHERE]
     golded = _with_golds(views)
     if not bench.data:
         notes.append(

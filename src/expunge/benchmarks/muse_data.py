@@ -69,6 +69,24 @@ def folds(place: str, kind: Literal["scal", "sust"]) -> list[list[Row]]:
     return found
 
 
+def windows(tokenizer: Any, rows: Sequence[Row], size: int) -> list[Row]:
+    """Texts joined by blank lines and cut into windows of `size` tokens, as the published training does; the last one
+    is filled up from the beginning.
+
+    Windows are texts again, cut where tokens end: tokenised by itself one may have a token or two fewer.
+    """
+    text = "\n\n".join(row.answer for row in rows)
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    found = []
+    for number, first in enumerate(range(0, len(spans), size), start=1):
+        part = spans[first : first + size]
+        cut_ = text[part[0][0] : part[-1][1]]
+        if (lacking := size - len(part)) and len(spans) > size:
+            cut_ += "\n\n" + text[: spans[lacking - 1][1]]
+        found.append(Row(id=f"window/{number}", answer=cut_, kind="text", source=rows[0].source))
+    return found
+
+
 def few_shot(rows: Sequence[Row], examples: Sequence[Row]) -> list[Row]:
     """Questions behind solved examples, as plain text whatever template the model has.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..benchmarks.continual_data import TaskFile, figures, prepare
-from ..benchmarks.continual_forgetting import Way, serve
+from ..benchmarks.served import Way, serve
 from ..evidence import Table
 from ..methods.optimise.loop import Training
 from ..methods.optimise.teach import teach
