@@ -15,7 +15,7 @@ from metric_tables import scores
 from tiny import tiny
 
 from expunge.bench import bench
-from expunge.benchmarks import muse, muse_mini
+from expunge.benchmarks import muse, muse_data, muse_mini
 from expunge.benchmarks.muse_data import cut, few_shot, folds, head, length, read, windows
 from expunge.errors import ParameterError, RowError, TableError
 from expunge.methods.optimise.loop import fit
@@ -294,7 +294,7 @@ def test_a_memorised_text_scores_one_and_leaks_whatever_follows_it(published, me
     assert card.rows == {"verbmem": 2, "forget_qa": 1, "retain_qa": 1, "forget": 2, "retain": 2, "holdout": 2}
     distance = {row[0]: row[1:] for row in card.tables[0].rows}
     assert distance["verbmem_f"] == [pytest.approx(1 - card.value("verbmem_f", "gold"))] * 2
-    assert card.headline == list(muse.HEADLINE)
+    assert card.headline == list(muse_data.HEADLINE)
 
 
 def test_only_so_many_tokens_are_compared(published, memoriser, tmp_path):

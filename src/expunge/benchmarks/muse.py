@@ -35,10 +35,9 @@ from ..rows import Row
 from ..tables.passes import MARGIN
 from ..tables.view import NotApplicable, View
 from .case import Bench
-from .muse_data import cut, few_shot, head, length, read
+from .muse_data import ELSEWHERE, HEADLINE, cut, few_shot, head, length, read
 from .muse_mini import mini
 
-HEADLINE = ("verbmem_f", "knowmem_f", "privleak", "knowmem_r")
 ATTACKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mia_loss", {}),
     ("mia_zlib", {}),
@@ -50,10 +49,6 @@ ATTACKS: tuple[tuple[str, dict[str, Any]], ...] = (
 QUESTIONS = ("forget_qa", "retain_qa")
 TEXTS = ("forget", "retain", "holdout")
 OUTPUTS = "Outputs that say nothing"
-ELSEWHERE = (
-    "Scalability (C5) and sustainability (C6) compare models that forgot several requests: `expunge bench "
-    "muse_requests MODEL --set method=...` makes them of the model before."
-)
 
 
 @benchmark(paper="arXiv:2407.06460", data="muse-bench/MUSE-News, muse-bench/MUSE-Books")

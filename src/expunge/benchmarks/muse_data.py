@@ -28,6 +28,12 @@ FIELDS = {
     "knowmem": {"question": "question", "answer": "answer"},
 }
 TEXT = {"text": "text"}
+HEADLINE = ("verbmem_f", "knowmem_f", "privleak", "knowmem_r")
+"""The scores of the first four criteria."""
+ELSEWHERE = (
+    "Scalability (C5) and sustainability (C6) compare models that forgot several requests: `expunge bench "
+    "muse_requests MODEL --set method=...` makes them of the model before."
+)
 
 
 def read(place: str, config: str, split: str) -> list[Row]:

@@ -25,13 +25,12 @@ from ..errors import ParameterError
 from ..evidence import Measured, Scorecard, Table
 from ..metrics.measure import values as measured_on
 from ..metrics.texts import RougeDialect, overlap
-from ..registry import benchmark
+from ..registry import benchmark, get
 from ..rows import Row
 from ..tables.passes import Generate, Score, run
 from ..tables.view import View
 from .case import Bench
-from .muse import ELSEWHERE, HEADLINE, muse
-from .muse_data import cut, few_shot, folds, read, windows
+from .muse_data import ELSEWHERE, HEADLINE, cut, few_shot, folds, read, windows
 from .muse_mini import mini
 from .served import Way, kept, per_epoch, way
 
@@ -88,7 +87,7 @@ def muse_requests(
     requests = {kind: [_texts(bench, fold, size) for fold in folds(place, kind)] for kind in kinds}
     retain = _texts(bench, read(place, "raw", "retain1"), size)
     target = replace(bench, original=None)
-    start = muse(target, **asking)
+    start = _muse(target, asking)
     until = Until(start, place, answer, shots, dialect)
     found = {kind: _serve(target, kind, requests[kind], retain, how, until, asking) for kind in kinds}
     asked = read(place, "knowmem", "retain_qa")
@@ -127,6 +126,12 @@ class Served:
     texts: int = 0
     said: Sequence[float] = ()
     """Share of tokens of each request's texts that are the model's first choice."""
+
+
+def _muse(bench: Bench, asking: Mapping[str, Any]) -> Scorecard:
+    part = get("benchmarks", "muse")
+    card: Scorecard = part.function(bench, **part.resolve(asking))
+    return card
 
 
 def _said(bench: Bench, subject: Any, requests: Sequence[list[Row]]) -> list[float]:
@@ -201,7 +206,7 @@ def _serve(
             delta = kept(bench, base, data, how, f"{kind} {number}")
         subject = delta.apply(base)
         so_far = requests[:number] if kind == "sust" else [texts]
-        card = muse(replace(bench, subject=subject), **asking)
+        card = _muse(replace(bench, subject=subject), asking)
         found.append(Served(card, len(texts), _said(bench, subject, so_far)))
     return found
 
