@@ -139,12 +139,6 @@ def setting(case: Case) -> tuple[Any, dict[str, Any], Any]:
     from expunge.subjects.language import LanguageModel
     from expunge.subjects.packed import Encoded
 
-    class Invented(LanguageModel):
-        """A subject whose rows are tokens already."""
-
-        def encode(self, row: Row, *, answer: str | None = None, prompt: str | None = None) -> Encoded:
-            return tokens[row.id]
-
     torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[case.shape],
@@ -156,8 +150,9 @@ def setting(case: Case) -> tuple[Any, dict[str, Any], Any]:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).to(case.device, getattr(torch, DTYPES[case.dtype]))
-    subject = Invented(model, tokenizer=None, name=case.shape)
-    subject.__dict__["fingerprint"] = "invented"
+    subject = LanguageModel(model, tokenizer=None, name=case.shape)
+    # Rows are tokens already.
+    subject.__dict__ |= {"fingerprint": "invented", "encode": lambda row, **_: tokens[row.id]}
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ class Gather:
         self._own: set[int] = set()
         self._room = torch.empty(0)
         self._used = 0
+        self._waiting: dict[int, list[tuple[Tensor, Tensor, Tensor]]] | None = None
 
     def takes(self, weight: Tensor) -> bool:
         """Whether uses of this weight add to its gradient themselves now."""
@@ -39,8 +40,15 @@ class Gather:
             spare = self._take(weight)
             weight.grad = left @ right if spare is None else torch.mm(left, right, out=spare)
 
-    def rows(self, weight: Tensor, places: Tensor, values: Tensor) -> None:
+    def owns(self, weight: Tensor) -> bool:
+        """Whether its gradient was added up here."""
+        return weight.grad is not None and id(weight) in self._own
+
+    def rows(self, weight: Tensor, places: Tensor, values: Tensor, part: int = 0) -> None:
         """weight.grad[places] += values, places (n,), values (n, d)"""
+        if self._waiting is not None:
+            self._waiting.setdefault(part, []).append((weight, places, values))
+            return
         if weight.grad is None:
             spare = self._take(weight)
             weight.grad = torch.zeros_like(weight) if spare is None else spare.zero_()
@@ -79,11 +87,27 @@ class Gather:
             self.active = False
 
     @contextmanager
-    def embedding(self, module: nn.Embedding | None, own: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
+    def in_parts(self) -> Iterator[None]:
+        """Parts of a step whose threads end within the block, whichever first, have their rows added in their order."""
+        self._waiting = {}
+        try:
+            yield
+            waiting = self._waiting
+        finally:
+            self._waiting = None
+        for part in sorted(waiting):
+            for found in waiting[part]:
+                self.rows(*found)
+
+    @contextmanager
+    def embedding(
+        self, module: nn.Embedding | None, own: tuple[Tensor, Tensor] | None = None, part: int = 0
+    ) -> Iterator[None]:
         """Within the block a plain embedding takes part.
 
         Args:
             own: (k, d) rows that are in training in the table's place, and (V,) where a token's row stands among them.
+            part: of the step, if it has several.
         """
         if module is None:
             yield
@@ -97,7 +121,7 @@ class Gather:
             if not arguments or not self.takes(weight):
                 return output
             places = arguments[0] if own is None else own[1][arguments[0]]
-            return _Rows.apply(weight, places, output.detach(), padding, self)  # type: ignore[no-any-return]
+            return _Rows.apply(weight, places, output.detach(), padding, self, part)  # type: ignore[no-any-return]
 
         handle = module.register_forward_hook(look_up)
         try:
@@ -110,9 +134,11 @@ class _Rows(torch.autograd.Function):
     """What an embedding gave out, with a backward pass that adds rows where they belong."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, output: Tensor, padding: int | None, gather: Gather) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, output: Tensor, padding: int | None, gather: Gather, part: int
+    ) -> Tensor:
         ctx.save_for_backward(weight, ids)
-        ctx.padding, ctx.gather = padding, gather
+        ctx.padding, ctx.gather, ctx.part = padding, gather, part
         return output.view_as(output)
 
     @staticmethod
@@ -121,5 +147,5 @@ class _Rows(torch.autograd.Function):
         places, values = ids.reshape(-1), gradients[0].reshape(-1, weight.shape[1])
         if ctx.padding is not None:  # an embedding's padding row gets no gradient
             values = values.masked_fill((places == ctx.padding)[:, None], 0)
-        ctx.gather.rows(weight, places, values.to(weight.dtype))
-        return (None,) * 5
+        ctx.gather.rows(weight, places, values.to(weight.dtype), ctx.part)
+        return (None,) * 6

@@ -9,6 +9,7 @@ hooks in it, which may remember something too, runs one pass after another.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .protocol import Progress
 
 R = TypeVar("R")
+T = TypeVar("T")
 Group = Sequence[int]
 
 MOST = 4
@@ -47,33 +49,62 @@ def side_by_side(
         of: the rows, for processes to compare.
         fewest: groups that are worth a thread.
     """
-    threads, mine = torch.get_num_threads(), len(groups) // processes.count()
+    mine = len(groups) // processes.count()
     many = min(at_once(subject), mine // fewest)
     if many < 2:
         return subject.share(groups, lambda group: do(subject, group), of=of, progress=progress)
+<<<<<<< HEAD
     _ = subject.mode, subject.plain  # tried once, and not by each of them
     free: SimpleQueue[LanguageModel] = SimpleQueue()
     for _ in range(many):
         free.put(_twin(subject))
     gradients = torch.is_grad_enabled()
+=======
+    with Twins(subject, many) as twins:
+        run = twins.each(do)
+        return processes.shared(groups, run, of=of, device=subject.device, progress=progress, through=twins.pool.map)
+>>>>>>> c29e5ab (A step runs in two halves side by side on a CPU: threads that share single operators wait for each other at each of them)
 
-    def begin() -> None:
-        torch.set_num_threads(threads // many)
-        torch.set_flush_denormal(True)
 
-    def run(group: Group) -> R:
-        twin = free.get()
-        try:
-            with torch.set_grad_enabled(gradients):
-                return do(twin, group)
-        finally:
-            free.put(twin)
+class Twins:
+    """Subjects with modules of their own around one subject's tensors, and a thread for each."""
 
-    try:
-        with ThreadPoolExecutor(many, initializer=begin) as pool:
-            return processes.shared(groups, run, of=of, device=subject.device, progress=progress, through=pool.map)
-    finally:
+    def __init__(self, subject: LanguageModel, count: int) -> None:
+        threads, all_there = torch.get_num_threads(), threading.Barrier(count)
+        _ = subject.mode  # tried once, and not by each of them
+        self._free: SimpleQueue[LanguageModel] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(_twin(subject))
+
+        def begin() -> None:
+            torch.set_num_threads(threads // count)
+            torch.get_num_threads()  # a thread's first look takes over what was set last, by whomever
+            torch.set_flush_denormal(True)
+            all_there.wait()
+
+        self.pool = ThreadPoolExecutor(count, initializer=begin)
+        list(self.pool.map(lambda _: None, range(count)))
         torch.set_num_threads(threads)  # what threads to come begin with
+
+    def each(self, do: Callable[[LanguageModel, T], R]) -> Callable[[T], R]:
+        """`do` with a subject of its own, to be called by threads of the pool; gradients flow if they do here."""
+        gradients = torch.is_grad_enabled()
+
+        def run(group: T) -> R:
+            twin = self._free.get()
+            try:
+                with torch.set_grad_enabled(gradients):
+                    return do(twin, group)
+            finally:
+                self._free.put(twin)
+
+        return run
+
+    def __enter__(self) -> Twins:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
 
 
 def at_once(subject: LanguageModel) -> int:

@@ -30,9 +30,10 @@ from ...subjects.entering import Entry, Stored, laid, stored
 from ...subjects.gather import Gather
 from ...subjects.head import KEEP_ELEMENTS, linear_logprob
 from ...subjects.language import LanguageModel
-from ...subjects.packed import Encoded, Pack, batches, in_order, pack
+from ...subjects.packed import Encoded, Pack, Sharing, batches, in_order, pack
 from ...subjects.protocol import Progress, Taps
 from .adamw import AdamW
+from .halves import Halves, halves
 from .shards import cut, is_part, like, local, norm, sharded, whole
 from .stop import Stop
 from .table import Table, fed_tokens
@@ -241,6 +242,10 @@ class Turn:
     """The sides of the last passes, for the log."""
     shift: tuple[int, Tensor] | None = None
     gather: Gather = field(default_factory=Gather)
+    table: Table | None = None
+    """The rows of the embedding that are in training in its place."""
+    halves: Halves | None = None
+    """Runs a step's pass in two halves side by side."""
     asked: frozenset[str] = frozenset()
     """Sides that earlier steps took log-probabilities of: from now on in one product."""
 
@@ -258,18 +263,8 @@ class Turn:
         sides, loss = self._part(part)
         if loss is None or not sides:
             return torch.zeros((), device=self.subject.device)
-        before = None
-        if self.processes > 1:
-            before = [p.grad for p in self.parameters]
-            for p in self.parameters:
-                p.grad = None
-        with self.gather.adding():
-            value = _backward(self, sides, loss)
-        if before is not None:
-            for p, grad in zip(self.parameters, before):
-                if grad is not None:
-                    p.grad = grad if p.grad is None else p.grad + grad
-        return value
+        with self.gather.adding(), _aside(self.parameters if self.processes > 1 else ()):
+            return _backward(self, sides, loss)
 
     def _part(self, part: str | None) -> tuple[tuple[str, ...], Loss | None]:
         if part is None:
@@ -328,20 +323,26 @@ class Turn:
         epoch = self.index // self.drawn.per_epoch
         return Step(made, self.index, self.total, epoch, self.recipe.given, self.memory, self.recipe.inner)
 
-    def _states(self, rows: Sequence[Encoded], members: Sequence[int]) -> dict[str, Tensor]:
-        """What the taps read in one pass over `members` of the part's rows."""
-        chosen = [rows[i] for i in members]
-        pack_ = pack(chosen, self.subject.device)
-        if self.shift is None:
-            entry = self.entries.lay(pack_) if self.entries is not None else None
-            return self.subject.states(pack_, self.recipe.taps, entry)
-        layer, delta = self.shift
-        # A pass that starts above the block would see no shift.
-        entry = self.entries.lay(pack_) if self.entries is not None and self.entries.runs(layer) else None
-        starts = _starts(rows)
-        owner = self._owners[[starts[members[row]] + at for row, at in pack_.owner]].to(delta.device)
-        with self.subject.perturbed(layer, delta[owner]):
-            return self.subject.states(pack_, self.recipe.taps, entry)
+    def _states(
+        self, rows: Sequence[Encoded], members: Sequence[int], subject: LanguageModel | None = None, half: int = 0
+    ) -> dict[str, Tensor]:
+        """What the taps read in one pass over `members` of the part's rows, by a twin of the model if one is given."""
+        subject = subject or self.subject
+        # Rows that share a beginning share its shift. Some of them alone may begin alike for longer than all do.
+        sharing: Sharing = "tokens" if self.shift is None or len(members) == len(rows) else "nothing"
+        pack_ = pack([rows[i] for i in members], subject.device, sharing=sharing)
+        own = None if self.table is None else (self.table.weight, self.table.place)
+        with self.gather.embedding(subject.embedding, own, half):
+            if self.shift is None:
+                entry = self.entries.lay(pack_) if self.entries is not None else None
+                return subject.states(pack_, self.recipe.taps, entry)
+            layer, delta = self.shift
+            # A pass that starts above the block would see no shift.
+            entry = self.entries.lay(pack_) if self.entries is not None and self.entries.runs(layer) else None
+            starts = _starts(rows)
+            owner = self._owners[[starts[members[row]] + at for row, at in pack_.owner]].to(delta.device)
+            with subject.perturbed(layer, delta[owner]):
+                return subject.states(pack_, self.recipe.taps, entry)
 
 
 def _starts(rows: Sequence[Encoded]) -> list[int]:
@@ -456,24 +457,30 @@ def _tapped(row: Encoded, taps: Taps) -> int:
 def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
     """Backward of one part of a step; returns its loss.
 
-    A part that is too large for one pass, or shared by several processes, runs the decoder without gradients first,
-    takes the objective's gradient at what the taps read, and then runs each piece with gradients: the objective always
-    sees the whole step, so the trajectory does not depend on how it was split.
+    On a CPU two threads take half of the rows each. A part that is too large for one pass, or shared by several
+    processes, runs the decoder without gradients first, takes the objective's gradient at what the taps read, and then
+    runs each piece with gradients. The objective always sees the whole step, so the trajectory does not depend on how
+    it was split.
     """
     subject, taps, count = turn.subject, turn.recipe.taps, turn.processes
     rows = turn.rows(sides)
-    if count == 1 and sum(len(row.ids) for row in rows) <= turn.micro_tokens:
+    at_once = count == 1 and sum(len(row.ids) for row in rows) <= turn.micro_tokens
+    groups = turn.halves.of(rows) if at_once and turn.halves is not None and turn.shift is None else []
+    if at_once and not groups:
         value = loss(turn._step(sides, turn._states(rows, range(len(rows)))))
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
-    shares = [[i for i in range(len(rows)) if i % count == rank] for rank in range(count)]
-    plans = [
-        [[mine[i] for i in group] for group in batches([rows[i] for i in mine], turn.micro_tokens)] for mine in shares
-    ]
-    groups = plans[turn.rank]
-    # Where weights lie in parts no process can run a pass alone: one that is done with its rows repeats one for naught.
-    idle = max(len(plan) for plan in plans) - len(groups) if subject.sharded else 0
+    idle = 0
+    if not at_once:
+        shares = [[i for i in range(len(rows)) if i % count == rank] for rank in range(count)]
+        plans = [
+            [[mine[i] for i in group] for group in batches([rows[i] for i in mine], turn.micro_tokens)]
+            for mine in shares
+        ]
+        groups = plans[turn.rank]
+        # Where weights lie in parts no process can run a pass alone: one that is done repeats one for naught.
+        idle = max(len(plan) for plan in plans) - len(groups) if subject.sharded else 0
     answers = list(itertools.accumulate((row.scored for row in rows), initial=0))
     fed = list(itertools.accumulate((_tapped(row, taps) for row in rows), initial=0))
 
@@ -483,10 +490,16 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
 
     keys = ["final"] if taps.final else []
     keys += [*(f"layer.{layer}" for layer in taps.layers), *(f"router.{layer}" for layer in taps.routers)]
-    with torch.no_grad():
-        parts = [(group, turn._states(rows, group)) for group in groups]
-        for _ in range(idle):
-            turn._states(rows, [0])
+    parts: list[tuple[Sequence[int], dict[str, Tensor]]]
+    if at_once:
+        assert turn.halves is not None
+        found = turn.halves.run(lambda twin, half: turn._states(rows, groups[half], twin, half))
+        parts = list(zip(groups, found))
+    else:
+        with torch.no_grad():
+            parts = [(group, turn._states(rows, group)) for group in groups]
+            for _ in range(idle):
+                turn._states(rows, [0])
     together: dict[str, Tensor] = {}
     for key in keys:
         width = parts[0][1][key].shape[1] if parts else 0
@@ -498,11 +511,12 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
         dtype = torch.float32 if key.startswith("router") else subject.dtype
         together[key] = torch.zeros(length, width, dtype=dtype, device=subject.device)
         for group, states in parts:
-            together[key][places(key, group)] = states[key]
+            together[key][places(key, group)] = states[key].detach()
         if count > 1:
             torch.distributed.all_reduce(together[key])
-        together[key].requires_grad_()
-    del parts
+        together[key].requires_grad_(not at_once or any(states[key].requires_grad for _, states in parts))
+    if not at_once:
+        parts = []
     value = loss(turn._step(sides, together))
     value.backward()  # type: ignore[no-untyped-call]
     if count > 1:
@@ -510,8 +524,8 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
         for parameter in turn.parameters:
             if parameter.grad is not None:
                 parameter.grad /= count
-    for group in [*groups, *[[]] * idle]:
-        states = turn._states(rows, group or [0])
+
+    def back(group: Sequence[int], states: Mapping[str, Tensor]) -> None:
         pairs = [
             (states[key], gradient[places(key, group)] if group else torch.zeros_like(states[key]))
             for key in keys
@@ -519,9 +533,31 @@ def _backward(turn: Turn, sides: Sequence[str], loss: Loss) -> Tensor:
         ]
         if pairs:
             torch.autograd.backward([state for state, _ in pairs], [gradient for _, gradient in pairs])
+
+    if at_once:
+        assert turn.halves is not None
+        # Two halves add up to the same whichever is first; with what was there before them they would not.
+        others = [p for p in turn.parameters if not turn.gather.owns(p)]
+        with _aside(others), turn.gather.in_parts():
+            turn.halves.run(lambda _, half: back(*parts[half]))
+        return value.detach()
+    for group in [*groups, *[[]] * idle]:
+        back(group, turn._states(rows, group or [0]))
     if count > 1:
         _sum_gradients([p for p in turn.parameters if not is_part(p)])
     return value.detach()
+
+
+@contextmanager
+def _aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients that are there are taken away within the block, and added afterwards."""
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    yield
+    for p, grad in zip(parameters, before):
+        if grad is not None:
+            p.grad = grad if p.grad is None else p.grad + grad
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -617,28 +653,31 @@ def train(
             assert subject.embedding is not None
             rows = Table(subject.embedding.weight, fed)
             stand_ins = [rows.weight if p is rows.whole else p for p in stand_ins]
-        return _train(
-            subject,
-            stand_ins,
-            rows,
-            drawn,
-            recipe,
-            training,
-            held_out,
-            frozen_head,
-            entries,
-            checkpoint,
-            key,
-            evaluate_at,
-            evaluate,
-            progress,
-        )
+        with halves(subject) as side_by_side:
+            return _train(
+                subject,
+                stand_ins,
+                rows,
+                side_by_side,
+                drawn,
+                recipe,
+                training,
+                held_out,
+                frozen_head,
+                entries,
+                checkpoint,
+                key,
+                evaluate_at,
+                evaluate,
+                progress,
+            )
 
 
 def _train(
     subject: LanguageModel,
     parameters: Sequence[nn.Parameter],
     rows: Table | None,
+    side_by_side: Halves | None,
     drawn: Drawn,
     recipe: Recipe,
     training: Training,
@@ -714,10 +753,11 @@ def _train(
                 learning_rate=rate,
                 kept=kept,
                 gather=gather,
+                table=rows,
+                halves=side_by_side,
                 asked=frozenset(log.nll),
             )
-            with gather.embedding(subject.embedding, None if rows is None else (rows.weight, rows.place)):
-                value = turn.backward() if recipe.around is None else recipe.around(turn)
+            value = turn.backward() if recipe.around is None else recipe.around(turn)
             if not torch.isfinite(value):
                 raise TrainingError(
                     f"the loss is {float(value)} at step {index + 1} of {total}; nothing was written. "
