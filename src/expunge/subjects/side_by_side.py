@@ -53,17 +53,9 @@ def side_by_side(
     many = min(at_once(subject), mine // fewest)
     if many < 2:
         return subject.share(groups, lambda group: do(subject, group), of=of, progress=progress)
-<<<<<<< HEAD
-    _ = subject.mode, subject.plain  # tried once, and not by each of them
-    free: SimpleQueue[LanguageModel] = SimpleQueue()
-    for _ in range(many):
-        free.put(_twin(subject))
-    gradients = torch.is_grad_enabled()
-=======
     with Twins(subject, many) as twins:
         run = twins.each(do)
         return processes.shared(groups, run, of=of, device=subject.device, progress=progress, through=twins.pool.map)
->>>>>>> c29e5ab (A step runs in two halves side by side on a CPU: threads that share single operators wait for each other at each of them)
 
 
 class Twins:
@@ -71,7 +63,7 @@ class Twins:
 
     def __init__(self, subject: LanguageModel, count: int) -> None:
         threads, all_there = torch.get_num_threads(), threading.Barrier(count)
-        _ = subject.mode  # tried once, and not by each of them
+        _ = subject.mode, subject.plain  # tried once, and not by each of them
         self._free: SimpleQueue[LanguageModel] = SimpleQueue()
         for _ in range(count):
             self._free.put(_twin(subject))
