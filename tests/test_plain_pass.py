@@ -7,6 +7,7 @@ import torch
 from tiny import ARCHITECTURES, loud
 
 from expunge.subjects import plain_pass
+from expunge.subjects.contexts import read
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.packed import Encoded, pack
 from expunge.tables.scores import COLUMNS
@@ -80,6 +81,24 @@ def test_states_are_those_of_the_models_own_code(monkeypatch, name, settings, sh
         with model.packing(packed):
             own = model.run_decoder(packed)[packed.predict]
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_texts_are_read_as_by_the_models_own_code(name):
+    model, texts = loud(name), [row.ids for row in rows()]
+    assert model.plain is not None
+    found = [read(model, texts)]
+    model._plain = False
+    found.append(read(model, texts))
+    ours, own = found
+    assert torch.equal(ours.ids, own.ids)
+    assert all(torch.equal(*pair) for pair in zip(ours.places, own.places, strict=True))
+    for one, other in zip(
+        [ours.states, *(part for pair in ours.layers for part in pair)],
+        [own.states, *(part for pair in own.layers for part in pair)],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
 def test_a_window_that_short_rows_do_not_show_is_seen(monkeypatch):

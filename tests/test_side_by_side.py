@@ -11,7 +11,7 @@ from tiny import tiny
 from expunge.rows import Row
 from expunge.subjects import decoding, gradients, language
 from expunge.subjects.language import LanguageModel
-from expunge.subjects.side_by_side import side_by_side
+from expunge.subjects.side_by_side import alone, side_by_side
 from expunge.tables.scores import COLUMNS
 
 GROUPS = [[0, 1], [2], [3, 4], [5], [6, 7]]
@@ -141,3 +141,14 @@ def test_hooked_models_and_few_groups_run_in_this_thread(llama, two_threads):
     finally:
         handle.remove()
     assert not set(run(llama, where)) & here
+
+
+def test_trials_run_on_one_thread_and_leave_as_many_as_there_were(two_threads):
+    def fail():
+        with alone():
+            assert torch.get_num_threads() == 1
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert torch.get_num_threads() == 2

@@ -23,10 +23,10 @@ from ..errors import SubjectError
 from .fused import fused
 from .language import LanguageModel, cache_name
 from .packed import TOKEN_BUDGET, About, Encoded, attention_by, batches, common_beginning, configurations, pack
+from .plain_pass import Layers, plain_pass
+from .side_by_side import alone
 
 Text = Sequence[int]
-Layers = list[tuple[Tensor, Tensor]]
-"""Keys and values (heads, tokens, width) of every block."""
 SPARE = 32
 """Columns that a buffer has to spare when it is made."""
 
@@ -58,14 +58,20 @@ def read(subject: LanguageModel, texts: Sequence[Text], *, keep: bool = True) ->
     places: list[Tensor] = [torch.empty(0)] * len(texts)
     ids, states, parts = [], [], []
     before = 0
+    plain = plain_pass(subject)
     for group in batches(rows, TOKEN_BUDGET):
         pack_ = pack([rows[i] for i in group], subject.device)
-        # Without the configuration, sliding windows keep all tokens too: beginnings are cut from them later.
-        cache = DynamicCache() if keep else None
-        with subject.packing(pack_):
-            states.append(subject.run_decoder(pack_, cache))
+        if plain:
+            found, layers = plain.every(pack_)
+        else:
+            # Without the configuration, sliding windows keep all tokens too: beginnings are cut from them later.
+            cache = DynamicCache() if keep else None
+            with subject.packing(pack_):
+                found = subject.run_decoder(pack_, cache)
+            layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers] if cache else []
+        states.append(found)
         ids.append(pack_.ids[0])
-        parts.append([(layer.keys[0], layer.values[0]) for layer in cache.layers] if cache else [])
+        parts.append(layers if keep else [])
         for index, at in zip(group, pack_.every.split([len(texts[i]) for i in group])):
             places[index] = at + before
         before += pack_.tokens
@@ -362,6 +368,7 @@ def shares_beginnings(subject: LanguageModel) -> bool:
 
 
 @torch.no_grad()
+@alone()
 def _try(subject: LanguageModel, length: int) -> bool:
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(0, subject.vocabulary, (length,), generator=generator).tolist()

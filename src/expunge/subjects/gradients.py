@@ -30,7 +30,7 @@ from .packed import Encoded, Pack, in_order, pack
 from .plain_norms import Walk, pays
 from .plain_pass import PlainPass, plain_pass
 from .quantised import is_quantised
-from .side_by_side import side_by_side
+from .side_by_side import alone, side_by_side
 from .sparing import sparing
 from .token_statistics import token_statistics
 
@@ -148,6 +148,7 @@ def can_go_together(subject: LanguageModel) -> bool:
     return _together[subject.model]
 
 
+@alone()
 def _try(subject: LanguageModel) -> bool:
     if subject.mode == "rows" or subject.linear_head is None or _owners(subject) is None:
         return False
@@ -383,6 +384,7 @@ def _can_walk(subject: LanguageModel, longest: int) -> bool:
     return _walks[subject.model]
 
 
+@alone()
 def _walk(subject: LanguageModel) -> bool:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, subject.vocabulary, (3, 9), generator=generator).tolist()

@@ -21,10 +21,13 @@ from .anatomy import anatomy
 from .fused import rotated, touched
 from .packed import Encoded, Pack, along_paths, pack
 from .plain import Linear, Names, Norm, Parts, angles
+from .side_by_side import alone
 
 if TYPE_CHECKING:
     from .language import LanguageModel
 
+Layers = list[tuple[Tensor, Tensor]]
+"""Keys and values (groups of heads, tokens, width) of every block."""
 CHUNK_ELEMENTS = 1 << 19
 """Inner states of MLPs worked out at once (2 MiB)."""
 FEWEST = 256
@@ -65,6 +68,14 @@ class PlainPass:
 
     def states(self, pack_: Pack) -> Tensor:
         """(m, d) final states at the tokens that are read."""
+        return self._run(pack_, pack_.read, None)
+
+    def every(self, pack_: Pack) -> tuple[Tensor, Layers]:
+        """(tokens, d) final states, and every block's keys and values."""
+        layers: Layers = []
+        return self._run(pack_, None, layers), layers
+
+    def _run(self, pack_: Pack, read: Tensor | None, layers: Layers | None) -> Tensor:
         x = F.embedding(pack_.ids[0], self.table)
         turned = [part[0][:, None] for part in angles(*self.rotary(x[None], pack_.positions))]
         width, wide = turned[0].shape[-1], max(len(block.gate.weight) for block in self.blocks)
@@ -72,9 +83,9 @@ class PlainPass:
         a = torch.empty_like(x)
         room = x.new_empty(2, min(size, len(x)), wide)
         for block in self.blocks:
-            self._attend(block, pack_, x, a, turned, width)
-            if block is self.blocks[-1]:
-                x, a = x.index_select(0, pack_.read), a[: len(pack_.read)]
+            self._attend(block, pack_, x, a, turned, width, layers)
+            if block is self.blocks[-1] and read is not None:
+                x, a = x.index_select(0, read), a[: len(read)]
             for part, m in zip(x.split(size), a.split(size)):
                 gate, up = (one[: len(part), : len(block.gate.weight)] for one in room)
                 block.second.into(part, m)
@@ -82,7 +93,16 @@ class PlainPass:
                 block.down.onto(gate.mul_(block.up.into(m, up)), part)
         return self.norm.into(x, a)
 
-    def _attend(self, block: Parts, pack_: Pack, x: Tensor, a: Tensor, turned: list[Tensor], width: int) -> None:
+    def _attend(
+        self,
+        block: Parts,
+        pack_: Pack,
+        x: Tensor,
+        a: Tensor,
+        turned: list[Tensor],
+        width: int,
+        layers: Layers | None,
+    ) -> None:
         """Add to x what attention makes of it; a is room for as much."""
         block.first.into(x, a)
 
@@ -90,7 +110,10 @@ class PlainPass:
             return matrix.forward(a).unflatten(1, (-1, width))
 
         q, k = (rotated(heads(matrix), *turned) for matrix in (block.q, block.k))
-        out = along_paths(pack_, q, k, heads(block.v), block.scale, self.window)
+        v = heads(block.v)
+        if layers is not None:
+            layers.append((k.transpose(0, 1), v.transpose(0, 1)))
+        out = along_paths(pack_, q, k, v, block.scale, self.window)
         block.o.onto(out.flatten(1), x)
 
 
@@ -108,6 +131,7 @@ def plain_pass(subject: LanguageModel) -> PlainPass | None:
 
 
 @torch.no_grad()
+@alone()
 def plan_of(subject: LanguageModel) -> Plan | None:
     """How passes may run so; None where they may not. Tried on a few rows."""
     if subject.mode != "families":

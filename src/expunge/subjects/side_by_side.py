@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,6 +98,17 @@ class Twins:
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block operators run on one thread: a few tokens, of a trial, keep others busy with waiting only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def at_once(subject: LanguageModel) -> int:
