@@ -29,9 +29,8 @@ def rows(shared=BEGINNING):
 
 
 @pytest.fixture
-def walked(monkeypatch):
-    """Rows that were carried there; walks are taken however narrow the model is."""
-    monkeypatch.setattr(gradients, "pays", lambda *_: True)
+def walks(monkeypatch):
+    """Those that were taken."""
     seen = []
 
     class Seen(plain_norms.Walk):
@@ -41,6 +40,13 @@ def walked(monkeypatch):
 
     monkeypatch.setattr(gradients, "Walk", Seen)
     return seen
+
+
+@pytest.fixture
+def walked(monkeypatch, walks):
+    """As `walks`, which are taken however narrow the model is."""
+    monkeypatch.setattr(gradients, "pays", lambda *_: True)
+    return walks
 
 
 def both(model, chosen, walked, monkeypatch):
@@ -114,12 +120,12 @@ def test_norms_do_not_depend_on_what_stands_beside(monkeypatch, walked):
 def test_what_somebody_has_put_into_a_model_counts(walked, change):
     model = loud("llama")
     change(model)
-    assert not gradients._can_walk(model, 4)
+    assert not gradients._can_walk(model)
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"llama", "qwen2", "mistral"}))
 def test_blocks_of_another_kind_run_their_own_code(walked, name):
-    assert not gradients._can_walk(loud(name), 4)
+    assert not gradients._can_walk(loud(name))
 
 
 def test_long_rows_take_weights_gradients_instead():
@@ -128,3 +134,16 @@ def test_long_rows_take_weights_gradients_instead():
         plain = plain_pass(loud("llama"))
     assert plain_norms.pays(plain, 18)
     assert not plain_norms.pays(plain, 19)
+
+
+def test_a_long_row_goes_another_way_than_short_ones(monkeypatch, walks):
+    model, draw = loud("llama"), torch.Generator().manual_seed(4)
+    chosen = [Encoded(tuple(torch.randint(3, 300, (n,), generator=draw).tolist()), 5, 0, "") for n in (9, 60, 11)]
+    monkeypatch.setattr(gradients, "TOKENS", 30)
+    assert gradients._can_walk(model)
+    walks.clear()
+    items = [((str(i), "answer"), row) for i, row in enumerate(chosen)]
+    found = model.gradients(items).norm
+    assert [walk.length for walk in walks] == [10]
+    monkeypatch.setattr(gradients, "pays", lambda *_: False)
+    np.testing.assert_allclose(found, model.gradients(items).norm, rtol=2e-5, atol=1e-6 * float(found.max()))

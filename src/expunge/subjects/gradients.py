@@ -2,7 +2,7 @@
 
 A row's gradient in a matrix is G^T A, where A (T, in) holds what the matrix read at the row's T tokens and G (T, out)
 the gradient of what it gave. Its squared norm is sum_tu (G G^T)_tu (A A^T)_tu, so that no gradient of a weight is ever
-formed where T (in + out) < in out (ghost norms, arXiv:2110.05679). Rows share nothing in such a pass: tokens that two
+formed where T (in + out) < in out (ghost norms, arXiv:2110.05679). Rows share nothing on the way back: tokens that two
 rows shared would get the sum of their gradients. Where the head is the embedding too, the cross term of both joins.
 
 Blocks of the common kind go there and back in few operators, and what rows begin with alike is read once
@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import LaunchError
 from .packed import Encoded, Pack, in_order, pack
-from .plain_norms import Walk, pays
+from .plain_norms import Add, Walk, pays
 from .plain_pass import PlainPass, plain_pass
 from .quantised import is_quantised
 from .side_by_side import alone, side_by_side
@@ -80,12 +80,19 @@ def norms_and_columns(
     """As `gradient_norms`, of a model whose rows go together; also the rows of each pass, and for each pass the columns
     of `Scores`, which follow from the same states."""
     groups = _groups(rows)
-    walks = _can_walk(subject, max(len(row.ids) for row in rows))
+    walks = _can_walk(subject)
+
+    def both(model: LanguageModel, group: Sequence[int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        members = [rows[i] for i in group]
+        plain = _plain(model) if walks else None
+        walk = plain if plain and pays(plain, max(len(row.ids) for row in members)) else None
+        return _many(model, members, columns, walk)
+
     with _moving(list(subject.model.parameters()), False):
         parts = side_by_side(
             subject,
             groups,
-            lambda model, group: _many(model, [rows[i] for i in group], columns, walks),
+            both,
             of=[row.ids for row in rows],
             progress=progress,
         )
@@ -264,7 +271,7 @@ _KINDS: tuple[tuple[tuple[type, ...], _Norms], ...] = (((nn.Linear, Conv1D), _ma
 
 
 def _many(
-    subject: LanguageModel, rows: Sequence[Encoded], columns: bool = False, walks: bool = False
+    subject: LanguageModel, rows: Sequence[Encoded], columns: bool = False, plain: PlainPass | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(rows, tensors) by one pass forward and one back, in which no weight gets a gradient; rows from short to long.
     Where they are asked for, the columns of `Scores` too.
@@ -272,7 +279,7 @@ def _many(
     Weights must not ask for gradients meanwhile.
 
     Args:
-        walks: in few operators.
+        plain: goes there and back in few operators.
     """
     pack_ = pack(rows, subject.device, sharing="nothing")
     whole = _Rows([len(row.ids) - 1 for row in rows])
@@ -298,7 +305,6 @@ def _many(
         if crossing is not None:
             add(embedding.weight, 2 * whole.sums(gradient * crossing).sum(1))
 
-    plain = _plain(subject) if walks else None
     if plain is None:
         _watched(subject, pack_, turn, add, fed)
     else:
@@ -308,16 +314,12 @@ def _many(
     return pulls, subject.named(pack_, [torch.cat(one) for one in zip(*statistics)]) if columns else {}
 
 
-_Add = Callable[[Tensor, Tensor], None]
-"""Takes (parameter, (rows,) what its squared norms grow by)."""
-
-
 @torch.enable_grad()
 def _watched(
     subject: LanguageModel,
     pack_: Pack,
     turn: Callable[[Tensor], Tensor],
-    add: _Add,
+    add: Add,
     fed: Callable[[Tensor], None],
 ) -> None:
     """There and back by the model's own code and autograd.
@@ -374,11 +376,8 @@ def _plain(subject: LanguageModel) -> PlainPass | None:
     return plain_pass(subject)
 
 
-def _can_walk(subject: LanguageModel, longest: int) -> bool:
-    """Whether passes over rows of at most so many tokens go there and back in few operators; tried once."""
-    plain = _plain(subject)
-    if plain is None or not pays(plain, longest):
-        return False
+def _can_walk(subject: LanguageModel) -> bool:
+    """Whether passes go there and back in few operators; tried once."""
     if subject.model not in _walks:
         _walks[subject.model] = _walk(subject)
     return _walks[subject.model]
@@ -389,14 +388,15 @@ def _walk(subject: LanguageModel) -> bool:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, subject.vocabulary, (3, 9), generator=generator).tolist()
     rows = [Encoded((*ids[0], *text[:length]), 11, 0, "") for text, length in zip(ids, (5, 7, 9))]
-    found = []
+    plain = _plain(subject)
+    if plain is None:
+        return False
     with _moving(list(subject.model.parameters()), False):
-        for walks in (False, True):
-            try:
-                found.append(_many(subject, rows, walks=walks)[0])
-            except Exception:  # any failure means that this model is of another kind
-                return False
-    own, walked = found
+        own, _ = _many(subject, rows)
+        try:
+            walked, _ = _many(subject, rows, plain=plain)
+        except Exception:  # any failure means that this model is of another kind
+            return False
     return bool(np.allclose(own, walked, rtol=1e-4, atol=1e-4 * float(np.nanmax(own))))
 
 
