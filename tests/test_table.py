@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny
 
+from expunge.errors import MismatchError
 from expunge.methods.optimise import loop
 from expunge.methods.optimise.loop import Guard, Log, Recipe, Training, draw, train
 from expunge.methods.optimise.table import Table, fed_tokens
@@ -145,3 +147,25 @@ def test_a_run_that_was_stopped_goes_on_and_one_that_left_the_band_is_stepped_ba
     assert log.stepped_back_to == 0
     assert same(back, LanguageModel(model, tokenizer))
     assert torch.equal(made.weight, model.get_input_embeddings().weight[made.rows])
+
+
+def test_a_checkpoint_that_another_version_laid_out_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As it was before the table trained only the rows that are fed.
+    with pytest.raises(KeyboardInterrupt):
+        run("llama", monkeypatch, whole=True, checkpoint=tmp_path / "old", stop_at=3)
+    started: list[Table] = []
+    monkeypatch.setattr(Table, "write", lambda table: started.append(table))
+    said = r"old holds step 3 of .* is 304 x 32 there, and \d\d x 32 moves now. Delete"
+    with pytest.raises(MismatchError, match=said):
+        run("llama", monkeypatch, whole=False, checkpoint=tmp_path / "old")
+    assert not started
+
+    tensors = load_file(tmp_path / "old" / "tensors.safetensors")
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("value."))
+    shape = " x ".join(map(str, tensors[f"value.{last}"].shape))
+    fewer = {name: tensor for name, tensor in tensors.items() if not name.endswith(f".{last}")}
+    save_file(fewer, tmp_path / "old" / "tensors.safetensors")
+    with pytest.raises(MismatchError, match=f"tensor {last + 1} is none there, and {shape} moves now"):
+        run("llama", monkeypatch, whole=True, checkpoint=tmp_path / "old")

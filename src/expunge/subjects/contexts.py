@@ -16,13 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..errors import SubjectError
 from .fused import fused
 from .language import LanguageModel, cache_name
-from .packed import TOKEN_BUDGET, About, Encoded, attention_by, batches, common_beginning, configurations, pack
+from .packed import (
+    TOKEN_BUDGET,
+    About,
+    Encoded,
+    Scoring,
+    attends,
+    attention_by,
+    batches,
+    common_beginning,
+    configurations,
+    pack,
+)
 from .plain_pass import Layers, plain_pass
 from .side_by_side import alone
 
@@ -282,39 +291,24 @@ _going = About()
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    contexts: Contexts, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> Tensor:
     """Attention of one layer for the last token of every row.
 
     query (rows, heads, 1, d), key and value (rows, groups of heads, columns, d); returns (rows, 1, heads, d).
     """
-    if s_aux is not None or position_bias is not None:
-        raise SubjectError("this model's attention has sinks or biases; its contexts cannot go on together")
-    contexts: Contexts = _going.stack[-1]
     layer: Any = module.layer_idx
     keys, values = contexts.shared[layer]
     rows, groups = key.shape[:2]
-    q = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    q = query * scoring.scale(query.shape[-1])
     q = q.reshape(rows, groups, -1, q.shape[-1])
     scores = q @ key.mT
     if contexts.before:
         # What all rows look at takes one product instead of one for every row.
         first = q.transpose(0, 1).flatten(1, 2) @ keys.mT
         scores = torch.cat([first.unflatten(1, (rows, -1)).transpose(0, 1), scores], dim=-1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    mask = contexts.mask(sliding_window)
+    scores = scoring.capped(scores)
+    mask = contexts.mask(scoring.window)
     if mask is not None:
         scores = scores.masked_fill(mask, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
@@ -322,10 +316,10 @@ def _attend(
     if contexts.before:
         first = weights[..., : contexts.before].transpose(0, 1).flatten(1, 2) @ values
         out = out + first.unflatten(1, (rows, -1)).transpose(0, 1)
-    return out.flatten(1, 2).unsqueeze(1), None
+    return out.flatten(1, 2).unsqueeze(1)
 
 
-AttentionInterface.register(IMPLEMENTATION, _attend)
+attends(IMPLEMENTATION, _going, _attend)
 
 
 class Whole:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from .packed import TOKEN_BUDGET, Encoded, Pack, batches, in_order, pack
 from .protocol import Taps
 
@@ -27,9 +28,16 @@ Stored = tuple[Tensor, ...]
 output matrix reads (n, f))."""
 
 
+class Start(NamedTuple):
+    """Where passes start: at a block, or inside it, at the matrix that its MLP gives out through."""
+
+    layer: int
+    inside: bool
+
+
 @dataclass(frozen=True)
 class Entry:
-    """Where a pass starts."""
+    """What a pass starts from."""
 
     layer: int
     """Blocks below are not run."""
@@ -99,13 +107,25 @@ def entering(subject: LanguageModel, entry: Entry | None) -> Iterator[None]:
         yield
 
 
+def start_of(subject: LanguageModel, layer: int, *, inside: bool) -> Start | None:
+    """Where passes start if nothing below block `layer` moves; None: at the bottom.
+
+    Args:
+        inside: of that block only the matrix moves that its MLP gives out through.
+    """
+    # FSDP gathers a block's weights when the block itself is run.
+    if inside and not processes.sharding() and subject.can_enter_inside(layer):
+        return Start(layer, True)
+    return Start(layer, False) if layer and subject.can_enter else None
+
+
 @torch.no_grad()
-def stored(subject: LanguageModel, rows: Sequence[Encoded], layer: int, *, inside: bool = False) -> list[Stored]:
-    """Per row what passes that start at block `layer`, or inside it, need of it."""
+def stored(subject: LanguageModel, rows: Sequence[Encoded], start: Start) -> list[Stored]:
+    """Per row what passes that start there need of it."""
 
     def read(group: Sequence[int]) -> list[Stored]:
         pack_ = pack([rows[i] for i in group], subject.device)
-        whole = (_inside if inside else _below)(subject, pack_, layer)
+        whole = (_inside if start.inside else _below)(subject, pack_, start.layer)
         lengths = [len(rows[i].ids) - 1 for i in group]
         return [tuple(part.clone() for part in parts) for parts in zip(*(values.split(lengths) for values in whole))]
 
@@ -145,8 +165,8 @@ def laid(layer: int, rows: Sequence[Stored], pack_: Pack) -> Entry:
     return Entry(layer, *map(torch.cat, zip(*parts)))
 
 
-def enters(subject: LanguageModel, layer: int, *, inside: bool = False) -> bool:
-    """Whether a pass that starts at a block, or inside it, equals a whole one."""
+def enters(subject: LanguageModel, start: Start) -> bool:
+    """Whether a pass that starts there equals a whole one."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, subject.vocabulary, (4, 9), generator=generator).tolist()
     rows = [Encoded((*ids[0][:5], *row), 8, 0, "") for row in ids]
@@ -154,7 +174,7 @@ def enters(subject: LanguageModel, layer: int, *, inside: bool = False) -> bool:
     with torch.no_grad():
         whole = subject.hidden_states(pack_).float()
         try:
-            entry = laid(layer, stored(subject, rows, layer, inside=inside), pack_)
+            entry = laid(start.layer, stored(subject, rows, start), pack_)
             entered = subject.states(pack_, Taps(), entry)["final"].float()
         except Exception:  # any failure means that this model cannot be entered
             return False

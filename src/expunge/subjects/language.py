@@ -28,7 +28,7 @@ from ..tables.paths import Continuations
 from ..tables.routes import Routes
 from ..tables.scores import COLUMNS, Key, Scores
 from ..tables.store import content_key
-from .entering import Entry, entering, enters
+from .entering import Entry, Start, entering, enters
 from .fused import touched
 from .packed import TOKEN_BUDGET, Encoded, Pack, batches, in_order, pack, packed_attention
 from .plain import product
@@ -583,7 +583,7 @@ class LanguageModel:
     def can_enter(self) -> bool:
         """Whether passes may start at a block above the first; tried once on a few rows."""
         if self._can_enter is None:
-            self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and enters(self, 1)
+            self._can_enter = self.mode != "rows" and len(self.blocks) > 1 and enters(self, Start(1, False))
         return self._can_enter
 
     def can_enter_inside(self, layer: int) -> bool:
@@ -592,7 +592,7 @@ class LanguageModel:
         if self.blocks[layer].out is None:
             return False
         if self._can_enter_inside is None:
-            self._can_enter_inside = self.mode != "rows" and enters(self, layer, inside=True)
+            self._can_enter_inside = self.mode != "rows" and enters(self, Start(layer, True))
         return self._can_enter_inside
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -498,31 +498,58 @@ _active = About()
 """Packs."""
 
 
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer over the active pack. query (1, heads, tokens, d), returns (1, tokens, heads, d)."""
-    if s_aux is not None or position_bias is not None:
-        raise SubjectError("this model's attention has sinks or biases; it cannot run family by family")
-    pack_: Pack = _active.stack[-1]
+@dataclass(frozen=True)
+class Scoring:
+    """How a model's attention weighs what a token looks at."""
+
+    scaling: float | None
+    window: int | None
+    """A token sees itself and those before it, so many in all; None: every one."""
+    cap: float | None = None
+
+    def scale(self, width: int) -> float:
+        """What products of queries and keys of this width are multiplied by."""
+        return width**-0.5 if self.scaling is None else self.scaling
+
+    def capped(self, scores: Tensor) -> Tensor:
+        return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
+
+
+def attends(name: str, about: About, function: Callable[..., Tensor]) -> None:
+    """Let models call `function(what the pass is about, module, query, key, value, scoring)` by this name; it gives
+    (rows, tokens, heads, d)."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if s_aux is not None or position_bias is not None:
+            raise SubjectError("this model's attention has sinks or biases; its rows cannot go together")
+        scoring = Scoring(scaling, sliding_window, softcap)
+        return function(about.stack[-1], module, query, key, value, scoring), None
+
+    AttentionInterface.register(name, attend)
+
+
+def _attend(pack_: Pack, _: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    """Attention of one layer over a pack. query (1, heads, tokens, d), returns (1, tokens, heads, d)."""
     dtype = query.dtype
     if query.requires_grad and query.device.type == "cpu" and dtype.itemsize < 4:
         # The kernel's way back takes longer in bf16 than in fp32, these copies included.
         query, key, value = query.float(), key.float(), value.float()
     if not torch.is_grad_enabled():
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-        return along_paths(pack_, q, k, v, scaling, sliding_window, softcap).unsqueeze(0), None
+        return along_paths(pack_, q, k, v, scoring).unsqueeze(0)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
@@ -537,20 +564,12 @@ def _attend(
                 torch.cat([part[0].transpose(0, 1).expand(len(q), -1, -1, -1), one], dim=2)
                 for part, one in zip(parts[1:], (k, v))
             )
-        out = attention(q, k, v, pack_.mask(index, sliding_window), scaling, softcap)
+        out = attention(q, k, v, pack_.mask(index, scoring.window), scoring)
         outputs.append(run.give(out))
-    return torch.cat(outputs, dim=1).to(dtype), None
+    return torch.cat(outputs, dim=1).to(dtype)
 
 
-def along_paths(
-    pack_: Pack,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None = None,
-) -> Tensor:
+def along_paths(pack_: Pack, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
     """Attention of one layer where nothing has to be sent back: every row looks along its own path and at nothing else.
 
     query (tokens, heads, d), key and value (tokens, groups of heads, d); returns (tokens, heads, d).
@@ -565,27 +584,26 @@ def along_paths(
         )
         if repeats > 1:
             seen, worth = seen.repeat_interleave(repeats, dim=1), worth.repeat_interleave(repeats, dim=1)
-        out = attention(own, seen, worth, pack_.path_mask(number, window, query.dtype), scaling, softcap)
+        out = attention(own, seen, worth, pack_.path_mask(number, scoring.window, query.dtype), scoring)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, back)
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     """(rows, heads, queries, d) of (rows, heads, ..., d) each; a mask says where to look or is added to scores, without
     one it is causal."""
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
+    if scoring.cap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scoring.scaling
+        )
+    scores = scoring.capped(query @ key.mT * scoring.scale(query.shape[-1]))
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-AttentionInterface.register(IMPLEMENTATION, _attend)
+attends(IMPLEMENTATION, _active, _attend)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .anatomy import anatomy
 from .fused import rotated, touched
-from .packed import Encoded, Pack, along_paths, pack
+from .packed import Encoded, Pack, Scoring, along_paths, pack
 from .plain import Linear, Names, Norm, Parts, angles
 from .side_by_side import alone
 
@@ -113,7 +113,7 @@ class PlainPass:
         v = heads(block.v)
         if layers is not None:
             layers.append((k.transpose(0, 1), v.transpose(0, 1)))
-        out = along_paths(pack_, q, k, v, block.scale, self.window)
+        out = along_paths(pack_, q, k, v, Scoring(block.scale, self.window))
         block.o.onto(out.flatten(1), x)
 
 

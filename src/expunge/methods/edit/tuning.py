@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...deltas import Delta
 from ...errors import ParameterError, TrainingError
-from ...subjects.entering import Entry, laid, stored
+from ...subjects.entering import laid, start_of, stored
 from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded, Pack, pack
 from ...subjects.protocol import Taps
@@ -89,10 +89,8 @@ def target_loss(model: LanguageModel, pack_: Pack, states: Tensor) -> Tensor:
 def below(subject: LanguageModel, rows: Sequence[Encoded], layer: int) -> Callable[[LanguageModel, Loss], Tensor]:
     """Runs the blocks from `layer` on over all rows in one pass, on what blocks below give."""
     pack_ = pack(rows, subject.device)
-    entry: Entry | None = None
-    inside = subject.can_enter_inside(layer)
-    if inside or (layer and subject.can_enter):
-        entry = laid(layer, stored(subject, rows, layer, inside=inside), pack_)
+    start = start_of(subject, layer, inside=True)
+    entry = None if start is None else laid(layer, stored(subject, rows, start), pack_)
 
     def run(working: LanguageModel, loss: Loss) -> Tensor:
         return loss(working, pack_, working.states(pack_, Taps(), entry)["final"])

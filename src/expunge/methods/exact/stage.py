@@ -150,6 +150,7 @@ class Stages:
         Raises:
             RowError: no rows.
             TrainingError: the loss is not finite.
+            MismatchError: another version of expunge left the checkpoint, in another layout.
         """
         if not rows:
             raise RowError(f"stage {stage + 1}: 0 rows to learn from, expected at least 1")

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import processes
-from ...errors import RequestError, TrainingError
+from ...errors import MismatchError, RequestError, TrainingError
 from ...files import complete_folder, save_tensors
-from ...subjects.entering import Entry, Stored, laid, stored
+from ...subjects.entering import Entry, Start, Stored, laid, start_of, stored
 from ...subjects.gather import Gather
 from ...subjects.head import KEEP_ELEMENTS, linear_logprob
 from ...subjects.language import LanguageModel
-from ...subjects.packed import Encoded, Pack, Sharing, batches, in_order, pack
+from ...subjects.packed import TOKEN_BUDGET, Encoded, Pack, Sharing, batches, in_order, pack
 from ...subjects.protocol import Progress, Taps
 from .adamw import AdamW
 from .halves import Halves, halves
@@ -190,7 +190,7 @@ def _over(
     read: Callable[[Sequence[int]], list[dict[str, Tensor]]],
     progress: Progress | None,
 ) -> list[dict[str, Tensor]]:
-    groups = list(batches(rows, 4096))
+    groups = list(batches(rows, TOKEN_BUDGET))
     return in_order(groups, subject.share(groups, read, of=[row.ids for row in rows], progress=progress))
 
 
@@ -354,18 +354,15 @@ def _starts(rows: Sequence[Encoded]) -> list[int]:
 class Entries:
     """What passes that start above the frozen prefix need of every row."""
 
-    layer: int
-    """The lowest block that anything moves in."""
-    inside: bool
-    """Of that block only the matrix moves that its MLP gives out through, and passes start there."""
+    start: Start
     rows: dict[Encoded, Stored]
 
     def runs(self, block: int) -> bool:
         """Whether passes run the whole of a block."""
-        return self.layer + self.inside <= block
+        return self.start.layer + self.start.inside <= block
 
     def lay(self, pack_: Pack) -> Entry:
-        return laid(self.layer, [self.rows[row] for row in pack_.rows], pack_)
+        return laid(self.start.layer, [self.rows[row] for row in pack_.rows], pack_)
 
 
 ENTRY_BYTES = 2 << 30
@@ -385,17 +382,16 @@ def entries(subject: LanguageModel, drawn: Drawn, layer: int | None, *, inside: 
     rows = list(dict.fromkeys(fed))
     if layer is None or len(fed) < 1.5 * len(rows):
         return None
-    # FSDP gathers a block's weights when the block itself is run.
-    inside = inside and not processes.sharding() and subject.can_enter_inside(layer)
-    if not inside and not (layer and subject.can_enter):
+    start = start_of(subject, layer, inside=inside)
+    if start is None:
         return None
     width = subject.model.config.get_text_config().hidden_size
-    if inside:
+    if start.inside:
         width += subject.model.get_parameter(f"{subject.blocks[layer].out}.weight").numel() // width
     size = sum(len(row.ids) - 1 for row in rows) * width * torch.finfo(subject.dtype).bits // 8
     if size > ENTRY_BYTES:
-        return entries(subject, drawn, layer) if inside else None
-    return Entries(layer, inside, dict(zip(rows, stored(subject, rows, layer, inside=inside))))
+        return entries(subject, drawn, layer) if start.inside else None
+    return Entries(start, dict(zip(rows, stored(subject, rows, start))))
 
 
 def _sides(turn: Turn, sides: Sequence[str], states: Mapping[str, Tensor]) -> dict[str, Side]:
@@ -638,6 +634,7 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite, or no parameter receives a gradient.
+        MismatchError: the checkpoint is of this run, but holds it as another version of expunge laid it out.
     """
     if not parameters:
         return Log()
@@ -864,6 +861,22 @@ def _save(
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
+def _same_layout(folder: Path, step: int, held: Sequence[tuple[int, ...]], moves: Sequence[tuple[int, ...]]) -> None:
+    """One run moves the same tensors whenever it goes on: only another version of this code can have cut them in
+    another way."""
+    for number, (there, here) in enumerate(itertools.zip_longest(held, moves), start=1):
+        if there != here:
+            raise MismatchError(
+                f"{folder} holds step {step} of this very run, written by another version of expunge: tensor {number} "
+                f"is {_shape(there)} there, and {_shape(here)} moves now. Delete the folder to begin the run again, or "
+                "let the version that wrote it go on."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else " x ".join(map(str, shape)) or "a number"
+
+
 def _resume(
     folder: Path,
     key: str,
@@ -882,6 +895,8 @@ def _resume(
     kept: dict[str, list[Tensor]] = {}
     with torch.no_grad(), safe_open(folder / "tensors.safetensors", "pt") as file:
         names = set(file.keys())
+        held = [tuple(file.get_slice(f"value.{i}").get_shape()) for i in range(len(names)) if f"value.{i}" in names]
+        _same_layout(folder, int(state["step"]), held, [tuple(p.shape) for p in optimiser.parameters])
 
         def part(name: str, parameter: Tensor) -> Tensor:
             tensor = file.get_tensor(name).to(parameter.device)

@@ -21,6 +21,7 @@ from ...errors import ParameterError, RequestError, RowError, ScopeError
 from ...registry import Part
 from ...rows import Row
 from ...subjects.anatomy import structure
+from ...subjects.entering import Start
 from ...subjects.language import LanguageModel
 from ...subjects.packed import Encoded
 from ...subjects.protocol import Progress, Taps
@@ -46,8 +47,8 @@ class Outcome:
     """What the run had decided before it began."""
     step_seconds: dict[int, float]
     """Time of each step (1, 2 ...) but the first one that this process made: it warms up."""
-    entry: tuple[int, bool] | None
-    """The block that passes started at, and whether inside it, where what is below was stored."""
+    entry: Start | None
+    """Where passes started, if what is below was stored."""
 
 
 @dataclass
@@ -126,6 +127,7 @@ def unlearn(
         RowError: a row does not fit the model.
         ScopeError: the scope matches nothing that can move.
         TrainingError: the loss is not finite.
+        MismatchError: another version of expunge left the checkpoint, in another layout.
     """
     setup = set_up(subject, part, settings, scope=scope, data=data, training=training, folder=folder, progress=progress)
     case, resolved, drawn = setup.case, setup.resolved, setup.drawn
@@ -202,7 +204,7 @@ def unlearn(
         working,
         setup,
         watch.seconds(len(log.loss)),
-        None if stored is None else (stored.layer, stored.inside),
+        None if stored is None else stored.start,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import ParameterError, ScopeError, SubjectError
 from ...registry import optimise
 from ...subjects.language import LanguageModel
-from ...subjects.packed import Encoded, batches, pack
+from ...subjects.packed import TOKEN_BUDGET, Encoded, batches, pack
 from ...subjects.protocol import Taps
 from ...subjects.routing import Scoring, scores, scoring
 from .terms import Objective, Side, Step
@@ -191,7 +191,7 @@ def affinity(
     taps = Taps(final=False, routers=tuple(layers), chosen=tuple(layers))
     table: dict[int, Tensor] = {}
     kinds: dict[int, Scoring] = {}
-    for group in batches(rows, 4096):
+    for group in batches(rows, TOKEN_BUDGET):
         states = subject.states(pack([rows[i] for i in group], subject.device), taps)
         lengths = torch.tensor([len(rows[i].ids) - 1 for i in group], device=subject.device)
         # The mean over rows of means over tokens.
