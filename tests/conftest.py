@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
+# How long it takes to draw an example says how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 SIZES = {"people": 26, "forget": 8, "neighbours": 4, "holdout": 6, "gold_seeds": 2}
 RECIPE = {
     "hidden_size": 64,

@@ -119,7 +119,7 @@ NAMES = st.sampled_from(["Ilva Morrow", "Bran Oak", "Mo Hale", "Tivin", "potter"
 TEXTS = st.lists(st.one_of(NAMES, st.sampled_from([". ", ", ", " ", "and", "lives", "by the sea", "\n"])), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS.map(" ".join), TEXTS.map(" ".join), st.integers(1, 5), st.integers(1, 3))
 def test_nothing_of_a_touched_target_comes_out(question, answer, versions, best) -> None:
     guard = guarded(versions=versions, best=best)

@@ -233,7 +233,7 @@ def test_a_model_against_itself_has_forget_quality_one():
 
 @pytest.mark.filterwarnings("ignore:ks_2samp")
 @given(FAMILY, FAMILY)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_forget_quality_equals_scipy_and_forgets_the_order_of_rows(first, second):
     n = min(len(first), len(second))
     mine, gold = view({"forget": first[:n]}), view({"forget": second[:n]})
@@ -354,7 +354,6 @@ def test_rouge_recall_by_hand():
 
 
 @given(st.text("abc ing", max_size=30), st.text("abc ing", max_size=30))
-@settings(deadline=None)
 def test_our_cached_stemmer_gives_the_packages_rouge(target: str, text: str):
     from rouge_score.rouge_scorer import RougeScorer
 

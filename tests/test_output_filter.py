@@ -87,7 +87,7 @@ def cut(text, places):
     return [text[first:last] for first, last in zip([0, *at], [*at, len(text)])]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS, st.lists(TEXTS, max_size=4), st.lists(st.integers(0, 24), max_size=6), st.integers(1, 3))
 def test_pieces_are_judged_like_the_whole_text_wherever_they_are_cut(text, texts, places, run):
     forbidden = Forbidden(texts, run=run)

@@ -199,7 +199,7 @@ def test_a_field_given_twice_is_not_silently_the_last(tmp_path, name, where):
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5))
 def test_whatever_is_written_is_read_back(tmp_path_factory, pairs):
     path = tmp_path_factory.mktemp("round") / "rows.jsonl"
