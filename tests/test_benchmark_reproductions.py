@@ -96,6 +96,23 @@ def test_rwku_writes_its_corpus_and_forgets_from_it() -> None:
     assert all(0 <= one["recalled"] <= 1 for one in before)
 
 
+def test_a_run_of_rwku_ends_where_at_most_two_fifths_of_levels_one_and_two_are_left() -> None:
+    shares = iter([0.9, 0.5, 0.36])
+    way = rwku.Way(
+        {"fill_blank": 0.5, "question": 1.0},
+        lambda _: dict.fromkeys(("fill_blank", "question"), 0.75 * next(shares)),
+    )
+    assert [way.see(None, step) for step in (1, 2)] == [None, None]
+    assert way.end()["reached"] == 0
+    assert way.see(None, 3) == "at most 0.4 of levels 1 and 2 is left"
+    assert way.end() == {
+        "fill_blank": pytest.approx(0.27),
+        "question": pytest.approx(0.27),
+        "step": 3.0,
+        "reached": 1.0,
+    }
+
+
 def test_the_other_baselines_of_rwku_run_on_what_a_name_gives() -> None:
     for method in ("dpo", "rt"):
         found = rwku.trial(method, 0, count=1, steps=2, every=2, recipe=TINY)["targets"]

@@ -195,9 +195,9 @@ def unlearned(
 
         def evaluate(
             model: LanguageModel, step: int, row: Concept = row, place: Any = place, points: Any = points
-        ) -> None:
-            if not points or points[-1]["accuracy"]:
-                points.append({**_line(before, model, about, row, place.address), "step": step})
+        ) -> str | None:
+            points.append({**_line(before, model, about, row, place.address), "step": step})
+            return None if points[-1]["accuracy"] else "no right answer is left"
 
         unlearn(
             before,

@@ -152,7 +152,8 @@ def trial(
                 rows = rows_of(method, before, world, group, seed)
                 if method == "repe":
                     for alpha in STRENGTHS:
-                        way.see(steered(before, rows, alpha), alpha)
+                        if way.see(steered(before, rows, alpha), alpha):
+                            break
                 else:
                     _forget(method, before, rows, way, range(every, steps + 1, every), learning_rate, seed)
                 found.append(way.end())
@@ -170,9 +171,10 @@ class Way:
     def reached(self) -> bool:
         return bool(self.points) and _direct(self.points[-1]) <= LEFT * _direct(self.start)
 
-    def see(self, model: Any, step: float) -> None:
-        if not self.reached():
-            self.points.append({**self.scores(model), "step": float(step)})
+    def see(self, model: Any, step: float) -> str | None:
+        """Note a model's scores; a sentence once it is far enough."""
+        self.points.append({**self.scores(model), "step": float(step)})
+        return f"at most {LEFT} of levels 1 and 2 is left" if self.reached() else None
 
     def end(self) -> dict[str, float]:
         return {**self.points[-1], "reached": float(self.reached())}
