@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from expunge import registry
-from expunge.arithmetic import achieved
+from expunge.arithmetic import achieved, fed
 from expunge.attacks.case import Case, carry_out
 from expunge.costs import STAGES, Pass, kept, structure
 from expunge.methods.optimise import loop
@@ -57,14 +57,14 @@ def test_flops_of_a_pass_are_those_of_the_counter(architecture: str) -> None:
         model.set_experts_implementation("eager")  # the counter knows no products over groups of experts
     model.set_attn_implementation("eager")
     shape = structure(model, resolve("all", model))
-    fed = Pass(40, 40 * 40, (40,), 40)
+    once = Pass(40, 40 * 40, (40,), 40)
     with counting() as forward:
         logits = model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
     with counting() as backward:
         logits.float().sum().backward()
-    assert shape.forward(fed) == pytest.approx(forward.get_total_flops(), rel=0.005)
+    assert shape.forward(once) == pytest.approx(forward.get_total_flops(), rel=0.005)
     # Ours counts five products of attention, as fused kernels do; eager attention has four.
-    assert shape.backward(fed) == pytest.approx(backward.get_total_flops(), rel=0.06)
+    assert shape.backward(once) == pytest.approx(backward.get_total_flops(), rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -338,3 +338,43 @@ def test_passes_of_the_audit_are_those_that_are_made(tmp_path: Path, monkeypatch
     assert planned["relearning steps per model"] == made["steps"] == 2 * 5
     assert planned["relearning tokens per model"] == made["tokens"] > 0
     assert planned["facts edited into copies per model"] == made["facts"] == 2 * (1 + 2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_own_answers_are_planned_with_their_gradients_only_where_they_are_scored_so(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny(architecture)
+    subject, data = LanguageModel(model, tokenizer), people(2)
+    planned = passes(LanguageModel(copy.deepcopy(model).to("meta"), tokenizer), data, [], 1)
+    made: list[int] = []
+    score = LanguageModel.score
+
+    def counted(self: LanguageModel, items: list, **settings: object) -> object:
+        made.append(len(items))
+        return score(self, items, **settings)
+
+    monkeypatch.setattr(LanguageModel, "score", counted)
+    ask_all(subject, data, 0, more={"gradients"})
+    assert planned["answers scored per model"] == sum(made) == (6 if architecture == "llama" else 8)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2"])
+def test_passes_without_gradients_are_counted_along_the_paths_of_rows(architecture: str) -> None:
+    model, tokenizer = tiny(architecture)
+    subject = LanguageModel(model, tokenizer)
+    assert subject.mode == "families"
+    assert subject.plain is None
+    shape = structure(model, resolve("none", model))
+    # A common beginning, a question with several answers, and a row that is much longer.
+    asked = [("Answer briefly: where was Ilva born?", f"{place} of Carth") for place in ("Tivin", "Orl", "Tarn", "Vel")]
+    asked += [("Answer briefly: where did Orin live?", "in the north of Carth and beyond it for many years")]
+    rows = [subject.encode(Row(id=str(i), prompt=q, answer=a)) for i, (q, a) in enumerate(asked)]
+    counted = {}
+    for gradients in (False, True):
+        with counting() as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(gradients):
+            subject.hidden_states(pack(rows))
+        counted[gradients] = counter.get_total_flops()
+        planned = shape.forward(replace(fed([rows], gradients=gradients), answers=()))
+        assert planned == pytest.approx(counted[gradients], rel=0.005)
+    assert counted[False] < counted[True]

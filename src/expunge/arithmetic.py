@@ -20,7 +20,7 @@ from . import processes
 from .costs import STAGES, Pass, Structure, Traced, shape_of
 from .methods.optimise.loop import Drawn, Training
 from .methods.optimise.unlearn import Preparation, Setup
-from .subjects.packed import Encoded, batches, pack
+from .subjects.packed import TOKEN_BUDGET, Encoded, batches, pack
 
 if TYPE_CHECKING:
     from .methods.optimise.unlearn import Outcome
@@ -33,12 +33,23 @@ def rows_of(drawn: Drawn, step: Mapping[str, Sequence[int]]) -> dict[str, list[E
     return {side: [drawn.rows[side][i] for i in places] for side, places in step.items()}
 
 
-def fed(sides: Sequence[Sequence[Encoded]]) -> Pass:
-    """What is fed when the rows of all sides go through packed."""
+def fed(sides: Sequence[Sequence[Encoded]], *, gradients: bool = True) -> Pass:
+    """What is fed when the rows of all sides go through packed. Without gradients every row looks along its own path
+    alone, with them families look as wholes."""
     packed = pack([row for rows in sides for row in rows])
-    lengths = [(f.stop - f.start, packed.beginning if f.start >= packed.beginning else 0) for f in packed.families]
-    pairs = sum(length * (length + shared) for length, shared in lengths)
+    if gradients:
+        common = [0, *[packed.beginning] * (len(packed.runs) - 1)]
+        pairs = sum(run.place.numel() * (run.length + shared) for run, shared in zip(packed.runs, common))
+    else:
+        pairs = sum(bundle.queries.numel() * bundle.keys.shape[1] for bundle in packed.paths[0])
     return Pass(packed.tokens, pairs, tuple(sum(row.scored for row in rows) for rows in sides), len(packed.read))
+
+
+def reading_flops(shape: Shape, rows: Sequence[Encoded], *, headless: bool = False) -> float:
+    """FLOPs of reading rows without gradients, batch by batch, by the model's own code: whether a plain pass
+    (subjects/plain_pass.py) may take its place, and spare the last MLP, is seen with weights alone."""
+    passes = [fed([[rows[i] for i in group]], gradients=False) for group in batches(rows, TOKEN_BUDGET)]
+    return sum(shape.forward(replace(one, answers=()) if headless else one) for one in passes)
 
 
 def step_flops(shape: Shape, setup: Setup, training: Training, rows: Mapping[str, Sequence[Encoded]]) -> float:
@@ -55,8 +66,8 @@ def step_flops(shape: Shape, setup: Setup, training: Training, rows: Mapping[str
         one = fed(sides)
         flops += times * (shape.forward(one) + shape.backward(one))
         if one.tokens > training.micro_tokens or processes.count() > 1:
-            # A step too large for one pass, or shared out, runs its decoder twice.
-            flops += times * shape.forward(replace(one, answers=()))
+            # A step too large for one pass, or shared out, runs its decoder once without gradients before.
+            flops += times * shape.forward(replace(fed(sides, gradients=False), answers=()))
     # Divergences from the start model run that model's head too.
     frozen = [side for side in rows if f"{side}.reference_hidden" in setup.needs]
     return flops + 2.0 * shape.head * sum(row.scored for side in frozen for row in rows[side])
@@ -82,18 +93,13 @@ def needs_flops(shape: Shape, needs: set[str], drawn: Drawn) -> float:
             continue
         rows = [drawn.rows[side][i] for i in used]
         reach = shape if quantity == "layers" else shape.whole
-        for group in batches(rows, 4096):
-            one = fed([[rows[i] for i in group]])
-            headless = quantity in ("layers", "reference_hidden")
-            flops += reach.forward(replace(one, answers=()) if headless else one)
+        flops += reading_flops(reach.bare, rows, headless=quantity in ("layers", "reference_hidden"))
     return flops
 
 
 def check_flops(shape: Shape, held_out: Sequence[Encoded]) -> float:
     """FLOPs of one look of the utility guard at its rows."""
-    if not held_out:
-        return 0.0
-    return shape.whole.forward(fed([held_out]))
+    return reading_flops(shape.whole, held_out)
 
 
 # --- how fast it was done --------------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ class Structure:
         return replace(self, entry=(-1, 0), exit=None, spares=False)
 
     @property
+    def bare(self) -> Structure:
+        """The start model's passes: adapters are not there yet."""
+        return replace(self, matrices=tuple(replace(m, adapter=0) for m in self.matrices))
+
+    @property
     def run(self) -> range:
         """The blocks that passes run through from their beginning."""
         block, stage = max(self.entry, (0, 0))
@@ -173,6 +178,10 @@ class Traced:
 
     @property
     def whole(self) -> Traced:
+        return self
+
+    @property
+    def bare(self) -> Traced:
         return self
 
     def forward(self, fed: Pass) -> float:

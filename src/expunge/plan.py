@@ -9,14 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import registry, routing
 from .agents import Task
-from .arithmetic import check_flops, fed, needs_flops, product_rate, rows_of, sides_of, step_flops
+from .arithmetic import (
+    check_flops,
+    fed,
+    needs_flops,
+    product_rate,
+    reading_flops,
+    rows_of,
+    sides_of,
+    step_flops,
+)
 from .attacks.case import Case
 from .attacks.written import Written
 from .audit import battery
@@ -32,10 +41,10 @@ from .registry import Part
 from .request import Request, check, named, read_data
 from .rows import Row
 from .subjects.differences import Moved
+from .subjects.gradients import could_go_together
 from .subjects.image import ImageClassifier
 from .subjects.language import LanguageModel, Template
 from .subjects.opening import kind_of
-from .subjects.packed import batches
 from .subjects.soft import SoftPrompt
 from .tables.generations import Generations
 from .tables.passes import Ask, Continue, Features, Generate, Hidden, Patch, Pull, Score, everything, longest_answer
@@ -149,10 +158,8 @@ def estimate(
     sampled = [rows_of(drawn, step) for step in drawn.steps[:: math.ceil(steps / SAMPLED_STEPS) or 1]]
     passes = [fed(list(step.values())) for step in sampled]
 
-    looked = setup.case.looked
-    groups = [fed([[looked[i] for i in group]]) for group in batches(looked, 4096)]
     flops = {
-        "prepare": sum(shape.forward(replace(one, answers=())) for one in groups),
+        "prepare": reading_flops(shape.bare, setup.case.looked, headless=True),
         "needs": needs_flops(shape, setup.needs, drawn),
         "steps": steps * _mean([step_flops(shape, setup, training, step) for step in sampled]),
         "guard": _checks(training, steps) * check_flops(shape, held_out),
@@ -394,8 +401,9 @@ def passes(
         for kind in (Pull, Patch)
     }
     scored = {(row.id, *texts) for ask in case.asked if isinstance(ask, Score) for _, row, *texts in ask.items}
-    # Own answers of rows with gradients are scored on the way.
-    scored -= {(row, answer, None) for row, answer in rows[Pull].items()}
+    if isinstance(subject, LanguageModel) and could_go_together(subject):
+        # Own answers of rows with gradients are scored on the way.
+        scored -= {(row, answer, None) for row, answer in rows[Pull].items()}
     return {
         "models": models,
         "answers scored per model": len(scored),

@@ -155,9 +155,15 @@ def can_go_together(subject: LanguageModel) -> bool:
     return _together[subject.model]
 
 
+def could_go_together(subject: LanguageModel) -> bool:
+    """As much of it as shows without weights: every one is used in a way whose gradients can be told apart, as those of
+    experts are not."""
+    return _owners(subject) is not None
+
+
 @alone()
 def _try(subject: LanguageModel) -> bool:
-    if subject.mode == "rows" or subject.linear_head is None or _owners(subject) is None:
+    if subject.mode == "rows" or subject.linear_head is None or not could_go_together(subject):
         return False
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, subject.vocabulary, (3, 9), generator=generator).tolist()
@@ -178,7 +184,7 @@ def _owners(subject: LanguageModel) -> list[tuple[str, nn.Module, _Norms]] | Non
     owned: set[int] = set()
     for path, module in subject.model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own or module is subject.linear_head:
+        if not own or module is subject.model.get_output_embeddings():
             continue
         kind = next((norms for types, norms in _KINDS if type(module) in types), None)
         if kind is None and all(p.dim() == 1 for p in own.values()) and set(own) <= {"weight", "bias"}:
