@@ -419,6 +419,7 @@ def test_every_metric_says_what_it_means():
         "extraction_strength", "rouge", "mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "loss",
         "perplexity", "gold_distance", "ngram_entropy", "extraction_likelihood", "mia_reference", "mia_gradnorm",
         "privleak", "privacy_score", "memorization_score", "unlearning_depth", "leak_at_k",
+        "gold_divergence", "memorization_accuracy", "verbatim_memorization", "knowledge_memorization",
     }  # fmt: skip
     for part in parts:
         card = part.card
@@ -427,7 +428,7 @@ def test_every_metric_says_what_it_means():
         assert card.needs
         assert card.version >= 1
         assert card.direction in ("lower", "higher", "closest_to_gold")
-        assert part.function.__module__ == f"expunge.metrics.{part.name}"
+        assert part.function.__module__ == f"expunge.metrics.{part.function.__name__}"
         assert len(part.resolve()) == len(part.describe()) > 0
 
 

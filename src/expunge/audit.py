@@ -102,7 +102,8 @@ def audit(
     written = Written(store)
     spent = dict(cost or {})
     models: dict[str, Any] = {"before": before} if before is not None else {}
-    models |= {"after": after, **{f"gold/{i}": gold for i, gold in enumerate(golds)}}
+    retrained = {f"gold/{i}": gold for i, gold in enumerate(golds)}
+    models |= {"after": after, **retrained}
 
     more = more_tables(metrics, after.modality)
     views: dict[str, View] = {}
@@ -110,7 +111,9 @@ def audit(
     for role, model in models.items():
         began = time.monotonic()
         tell = _phase(progress, f"ask: {role}")
-        views[role] = ask_all(model, data, limit, store, more=more, host=before, seed=seed, name=role, progress=tell)
+        views[role] = ask_all(
+            model, data, limit, store, more=more, host=before, golds=retrained, seed=seed, name=role, progress=tell
+        )
         middle = time.monotonic()
         case = Case(model, data, seed, limit, written)
         runs[role] = carry_out(case, asked, store, _phase(progress, f"attack: {role}"))

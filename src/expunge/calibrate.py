@@ -120,13 +120,16 @@ def _values(subject: Any, golds: Sequence[Any], host: Any, data: dict[str, Any],
     from .tables.view import NotApplicable
 
     limit = longest_answer(subject, data)
-    more = more_tables(modality=subject.modality)
+    parts = [part for part in registry.serving("metrics", subject.modality) if part.own]
+    more = more_tables([part.name for part in parts])
+    named = {f"gold/{i}": gold for i, gold in enumerate(golds)}
     view, *others = (
-        ask_all(model, data, limit, store, more=more, host=host, name=model.name) for model in (subject, *golds)
+        ask_all(model, data, limit, store, more=more, host=host, golds=named, name=name)
+        for name, model in {subject.name: subject, **named}.items()
     )
     view = replace(view, golds=others)
     found: dict[str, float | str] = {}
-    for part in registry.serving("metrics", subject.modality):
+    for part in parts:
         try:
             found[part.name] = values(part, view).value
         except NotApplicable as reason:

@@ -116,6 +116,8 @@ class MetricCard:
     range: tuple[float | None, float | None]
     needs: tuple[str, ...]
     """Tables the metric reads: scores, generations."""
+    standard: bool = True
+    """Whether audits measure it unasked."""
     version: int = 1
     modality: tuple[str, ...] = ("language",)
     kind: str = "metric"

@@ -413,6 +413,7 @@ def passes(
         "rows whose states are patched per model": len(rows[Patch]),
         "answers continued from every beginning per model": len(continued),
         "rows compared with an untrained network per model": len(compared),
+        "rows compared with each gold model per model": len(data.get("forget", [])) if "distances" in more else 0,
         "hidden states per model": sum(_looked(ask) for ask in case.asked),
         "questions to changed copies per model": sum(len(a.prompts) for a in case.copies if isinstance(a, Generate)),
         "relearning steps per model": sum(len(drawn.steps) for drawn in case.taught),

@@ -80,6 +80,11 @@ class Part:
             raise ParameterError(f"{where}: parameter {name} = {first['input']!r}: {first['msg']}") from None
 
     @property
+    def own(self) -> bool:
+        """Whether the name is the part's own, and not another one for it."""
+        return self.name == self.function.__name__
+
+    @property
     def makes_edits(self) -> bool:
         """Whether it is a method that edits facts: an editor, or a guard that tells them."""
         return self.card.kind == "edit" or "edits" in getattr(self.card, "needs", ())

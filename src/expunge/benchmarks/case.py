@@ -121,6 +121,7 @@ class Bench:
                 written=written,
                 more=more,
                 host=self.original,
+                golds={name: gold for name, gold in self.models.items() if name.startswith("gold/")},
                 seed=self.seed,
                 name=role,
                 progress=progress,

@@ -15,9 +15,13 @@ from .values import Values, averages
     ideal="the value of a model that never saw the rows",
     range=(0.0, 1.0),
     needs=("scores.answer",),
+    aliases={"memorization_accuracy": {}},
 )
 def exact_memorization(view: View, *, rows: str = "forget") -> Values:
-    """Mean over rows of the share of answer tokens that are the model's first choice; end tokens do not count."""
+    """Mean over rows of the share of answer tokens that are the model's first choice; end tokens do not count.
+
+    Of running text from its second token on it is `memorization_accuracy` (Jang et al., arXiv:2210.01504).
+    """
     table = view.candidate(rows)
     keep, offsets = counted(table)
     return averages(rows, view.of(rows), row_means(table.hit[keep], offsets))

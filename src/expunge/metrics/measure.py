@@ -48,17 +48,24 @@ def measure(
     return interval(found.value, Bootstrap(bootstrap, seed).distribution(found))
 
 
+def standard(modality: str) -> list[str]:
+    """Metrics that are measured unasked: every registered one under its own name, but those that cost passes of their
+    own over several models."""
+    parts = registry.serving("metrics", modality)
+    return [part.name for part in parts if part.own and part.card.standard]  # type: ignore[union-attr]
+
+
 def default_metrics(view: View) -> list[tuple[str, Mapping[str, Any]]]:
-    """Every registered metric as it is set by default, and the basic ones on the other row sets too."""
-    names = [part.name for part in registry.serving("metrics", view.modality)]
+    """The standard metrics as they are set by default, and the basic ones on the other row sets too."""
+    names = standard(view.modality)
     elsewhere = [rows for rows in view.rows if view.rows[rows] and rows != "forget"]
     asked: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in names]
     return asked + [(name, {"rows": rows}) for rows in elsewhere for name in EVERYWHERE if name in names]
 
 
 def more_tables(metrics: Sequence[Asked] | None = None, modality: str = "language") -> set[str]:
-    """What metrics read beside scores and generations (passes.MORE); of all of a modality where none are named."""
-    names = [part.name for part in registry.serving("metrics", modality)] if metrics is None else metrics
+    """What metrics read beside scores and generations (passes.MORE); the standard ones where none are named."""
+    names = standard(modality) if metrics is None else metrics
     parts = [registry.get("metrics", name if isinstance(name, str) else name[0]) for name in names]
     read = {need for part in parts for need in part.card.needs}  # type: ignore[union-attr]
     if any(not isinstance(name, str) and name[1].get("by") == "gradnorm" for name in names):

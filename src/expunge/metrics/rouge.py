@@ -17,6 +17,10 @@ from .values import Values, averages
     ideal="the value of a model that never saw the rows",
     range=(0.0, 1.0),
     needs=("generations",),
+    aliases={
+        "verbatim_memorization": {"score": "fmeasure", "dialect": "rouge_score_unstemmed"},
+        "knowledge_memorization": {"score": "fmeasure", "dialect": "rouge_score_unstemmed"},
+    },
 )
 def rouge(
     view: View,
@@ -27,6 +31,8 @@ def rouge(
     dialect: RougeDialect = "rouge_score",
 ) -> Values:
     """Mean over rows of ROUGE of the model's output against the answer.
+
+    `verbatim_memorization` (of continuations) and `knowledge_memorization` (of answers) are MUSE's, arXiv:2407.06460.
 
     Args:
         rows: the row set.

@@ -18,12 +18,14 @@ import torch
 
 from .. import processes
 from ..rows import Row
+from ..subjects.distances import distances
 from ..subjects.divergence import divergences
 from ..subjects.fresh import buildable, fresh
 from ..subjects.language import LanguageModel
 from ..subjects.packed import Encoded, batches, in_order, pack
 from ..subjects.patching import fact
 from ..subjects.protocol import asked, innermost
+from .distances import Distances
 from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
@@ -117,7 +119,16 @@ class Compare:
     """A subject."""
 
 
-Ask = Generate | Score | Hidden | Features | Route | Pull | Patch | Continue | Compare
+@dataclass(frozen=True)
+class Apart:
+    """How far the model's predictions of rows' answers are from another one's: answered by `Distances`."""
+
+    rows: tuple[Row, ...]
+    other: Any
+    """A subject."""
+
+
+Ask = Generate | Score | Hidden | Features | Route | Pull | Patch | Continue | Compare | Apart
 
 
 class Store:
@@ -262,10 +273,11 @@ def longest_answer(subject: Any, data: Mapping[str, list[Row]]) -> int:
     return max(subject.encode(row).scored for rows in data.values() for row in rows) + MARGIN
 
 
-MORE = ("samples", "gradients", "patched", "continuations", "divergences")
+MORE = ("samples", "gradients", "patched", "continuations", "divergences", "distances")
 """Tables that only some metrics read (`View`)."""
 SAMPLES = 16
 """Answers sampled per question, as the attack `decoding` does, whose outputs these then are."""
+FROM = "from "
 SHORTEST = 10
 """Extraction likelihood is about runs of at least so many tokens."""
 
@@ -278,6 +290,7 @@ def everything(
     written: Collection[str] | None = None,
     more: Collection[str] = (),
     host: Any = None,
+    golds: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[tuple[str, str], Ask]:
     """What `ask_all` asks, by table and row set; its arguments."""
@@ -295,6 +308,10 @@ def everything(
     if forget and "divergences" in more and buildable(innermost(subject)):
         # One network for all models of a kind: it is decided by their architecture.
         asks["divergences", "forget"] = Compare(tuple(forget), fresh(innermost(subject), 0))
+    if forget and "distances" in more and innermost(subject) is subject:
+        for name, gold in (golds or {}).items():
+            if gold is not subject:
+                asks[f"{FROM}{name}", "forget"] = Apart(tuple(forget), gold)
     for kind, sets in (("gradients", ("forget", "holdout")), ("patched", ("forget", "retain"))):
         for rows in sets if kind in more else ():
             if data.get(rows) and (kind == "gradients" or host is not None):
@@ -312,6 +329,7 @@ def ask_all(
     written: Collection[str] | None = None,
     more: Collection[str] = (),
     host: Any = None,
+    golds: Mapping[str, Any] | None = None,
     seed: int = 0,
     name: str = "model",
     progress: Progress | None = None,
@@ -327,9 +345,10 @@ def ask_all(
             can be built, are taken of the forget rows, gradients also of the holdout rows, patched states also of the
             retain rows, which are their control.
         host: the model before, into which states are patched; without it there are none.
+        golds: gold models by name, from which distances are taken, of the forget rows; a guard has none of its own.
         seed: of samples.
     """
-    asks = everything(subject, data, max_new_tokens, written=written, more=more, host=host, seed=seed)
+    asks = everything(subject, data, max_new_tokens, written=written, more=more, host=host, golds=golds, seed=seed)
     answers = dict(zip(asks, run(subject, list(asks.values()), store, progress)))
 
     def of(kind: str) -> dict[str, Any]:
@@ -344,6 +363,7 @@ def ask_all(
         of("patched"),
         of("continuations"),
         of("divergences"),
+        {kind.removeprefix(FROM): of(kind) for kind, _ in answers if kind.startswith(FROM)},
         name=name,
         modality=subject.modality,
     )
@@ -377,6 +397,7 @@ _READ: dict[type, Callable[[Any, Any, Items, Progress | None], Any]] = {
     Pull: lambda subject, _, items, progress: subject.gradients(items, progress=progress),
     Patch: lambda subject, host, items, progress: subject.patched_into(host, items, progress=progress),
     Compare: lambda subject, other, items, progress: divergences(subject, other, items, progress=progress),
+    Apart: lambda subject, other, items, progress: distances(subject, other, items, progress=progress),
     Continue: lambda subject, shortest, items, progress: subject.continuations(items, shortest, progress=progress),
 }
 """Asks about encoded rows, each kind answered by one call: (subject, what `_setting` gives, rows) to a table."""
@@ -394,7 +415,7 @@ def _other_scores(
 
 def _setting(ask: Ask) -> Any:
     """What asks of one kind must have in common to be answered together."""
-    if isinstance(ask, Patch | Compare):
+    if isinstance(ask, Patch | Compare | Apart):
         return ask.host if isinstance(ask, Patch) else ask.other
     return ask.shortest if isinstance(ask, Continue) else None
 
@@ -405,7 +426,7 @@ def _content(subject: Any, ask: Ask) -> list[tuple[tuple[str, str], Encoded]]:
         return [(key, subject.encode(row, answer=answer, prompt=q)) for key, row, answer, q in ask.items]
     if isinstance(ask, Patch):
         return [((row.id, "fact"), fact(innermost(ask.host), row)) for row in ask.rows]
-    assert isinstance(ask, Features | Route | Pull | Continue | Compare)
+    assert isinstance(ask, Features | Route | Pull | Continue | Compare | Apart)
     encoded = [((row.id, "answer"), subject.encode(row)) for row in ask.rows]
     if isinstance(ask, Continue):
         return [(key, item) for key, item in encoded if item.scored - item.closing > ask.shortest]
@@ -457,7 +478,7 @@ def _name(subject: Any, ask: Ask) -> str | None:
         content = [[row.id, subject.prompt_text(row), row.answer, row.kind] for row in ask.rows]
     if isinstance(ask, Patch):
         settings = [ask.host.fingerprint, [row.value for row in ask.rows]]
-    if isinstance(ask, Compare):
+    if isinstance(ask, Compare | Apart):
         settings = [ask.other.fingerprint]
     if isinstance(ask, Continue):
         settings = [ask.shortest]
@@ -473,6 +494,7 @@ _TABLES: dict[str, Any] = {
     "patch": Patched,
     "continue": Continuations,
     "compare": Divergences,
+    "apart": Distances,
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import TableError
 from ..rows import Row
+from .distances import Distances
 from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
@@ -51,6 +52,8 @@ class View:
     continuations: Mapping[str, Continuations] = field(default_factory=dict)
     divergences: Mapping[str, Divergences] = field(default_factory=dict)
     """From an untrained network of the model's kind."""
+    distances: Mapping[str, Mapping[str, Distances]] = field(default_factory=dict)
+    """From gold models, by their names: tables by row set."""
     golds: Sequence[View] = ()
     """The same tables of models that never saw the forget rows, one per training seed."""
     name: str = "model"
@@ -130,7 +133,19 @@ class View:
             NotApplicable: it was not asked for.
             TableError: it is about other rows.
         """
-        found = getattr(self, kind).get(rows)
+        return self._own(kind, rows, getattr(self, kind).get(rows))
+
+    def distance(self, gold: str, rows: str) -> Distances:
+        """How far the model's predictions are from a gold model's.
+
+        Raises:
+            NotApplicable: it was not asked for.
+            TableError: it is about other rows.
+        """
+        found: Distances = self._own(f"distances from {gold}", rows, self.distances.get(gold, {}).get(rows))
+        return found
+
+    def _own(self, kind: str, rows: str, found: Any) -> Any:
         if found is None:
             raise NotApplicable(f"{self.name} has no {kind} of {rows} rows")
         known = {row.id for row in self.of(rows)}
