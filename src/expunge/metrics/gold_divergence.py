@@ -6,11 +6,12 @@ differently. Both models read the same rows for it, so it is measured where it i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..registry import metric
+from ..tables.distances import NUMBERS
 from ..tables.view import View
 from .golds import golds_of
 from .values import Values, averages
@@ -40,6 +41,6 @@ def gold_divergence(view: View, *, rows: str = "forget", kind: Kind = "total_var
             (share of tokens whose likeliest candidate differs).
     """
     tables = [view.distance(gold.name, rows) for gold in golds_of(view)]
-    names = ("total_variation", "jensen_shannon", "kl", "disagreement")
-    means = {name: np.mean([getattr(table, name) for table in tables], axis=0, dtype=float) for name in names}
-    return averages(rows, view.of(rows), means[kind], **{name: float(each.mean()) for name, each in means.items()})
+    means = {name: np.mean([getattr(table, name) for table in tables], axis=0, dtype=float) for name in NUMBERS}
+    extra: dict[str, Any] = {name: float(each.mean()) for name, each in means.items()}
+    return averages(rows, view.of(rows), means[kind], **extra)

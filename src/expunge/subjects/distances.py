@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
-from ..tables.distances import Distances
+from ..tables.distances import NUMBERS, Distances
 from ..tables.scores import Key
 from .divergence import jensen_shannon
 from .packed import LOGIT_ELEMENTS, TOKEN_BUDGET, Encoded, batches, in_order, pack
@@ -41,8 +41,9 @@ def distances(subject: Any, other: Any, items: Sequence[tuple[Key, Encoded]], *,
 
     groups = list(batches(rows, TOKEN_BUDGET))
     means = in_order(groups, subject.share(groups, read, of=[row.ids for row in rows], progress=progress))
-    columns = np.array(means, np.float32).reshape(len(rows), 4).T
-    return Distances([key for key, _ in items], *columns, {"subject": subject.name, "other": other.name})
+    columns: dict[str, Any] = dict(zip(NUMBERS, np.array(means, np.float32).reshape(len(rows), len(NUMBERS)).T))
+    about = {"subject": subject.name, "other": other.name}
+    return Distances([key for key, _ in items], **columns, metadata=about)
 
 
 def apart(first: Tensor, second: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class Distances:
     def take(self, indices: Sequence[int], keys: list[Key]) -> Distances:
         """The rows at these positions, in this order, under new keys."""
         at = list(indices)
-        return Distances(keys, *(getattr(self, name)[at] for name in NUMBERS), self.metadata)
+        taken: dict[str, Any] = {name: getattr(self, name)[at] for name in NUMBERS}
+        return Distances(keys, **taken, metadata=self.metadata)
 
     def save(self, path: Path) -> None:
         """Write an arrow file; it appears under its name only when complete."""
@@ -56,7 +57,8 @@ class Distances:
 
         table, metadata = read_arrow(path)
         keys = list(zip(table["row"].to_pylist(), table["candidate"].to_pylist()))
-        return Distances(keys, *(table[name].to_numpy() for name in NUMBERS), metadata)
+        numbers: dict[str, Any] = {name: table[name].to_numpy() for name in NUMBERS}
+        return Distances(keys, **numbers, metadata=metadata)
 
 
 NUMBERS = tuple(one.name for one in fields(Distances))[1:-1]
