@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -473,6 +474,37 @@ def test_altpo_reads_alternatives_from_a_file(tmp_path):
         prepared("altpo", people([[]]))
     with pytest.raises(RowError, match="row 0: its alternative 'Tivin 0' equals its answer"):
         prepared("altpo", people([["Carth", "Tivin 0"]]))
+
+
+def test_altpo_has_the_model_write_other_answers(monkeypatch):
+    texts = {0: ["Carth\nAnd so on", "Tivin 0", "Carth", " Ostra "], 1: ["Lum", "", "Lum", "Lum"]}
+    asked = []
+
+    def generate(subject, prompts, *, samples, temperature, seed, **_):
+        asked.append(([text for _, text in prompts], samples, temperature, seed))
+        return SimpleNamespace(texts=[texts[i] for i in range(len(prompts))])
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    setup = prepared("altpo", people([[], []]), write=4)
+    subject, rows = setup.case.subject, setup.drawn.rows["alternative"]
+    said = [subject.tokenizer.decode(row.ids[row.start :]).removesuffix("</s>").strip() for row in rows]
+    assert said == ["Carth", "Lum", "Ostra", "Lum"]
+    ((prompts, *settings),) = asked
+    assert settings == [4, 1.0, 0]
+    assert "where was 0 born?" in prompts[0]
+    assert "Tivin 0" in prompts[0]
+    assert setup.case.summary["alternates"] == {"0": ["Carth", "Ostra"], "1": ["Lum"]}
+    texts[1] = ["", "Tivin 1", "", ""]
+    with pytest.raises(RowError, match=r"row 1: .*wrote no other answer in 4 attempts"):
+        prepared("altpo", people([[], []]), write=4)
+    with pytest.raises(ParameterError, match="leave out one"):
+        prepared("altpo", people([[]]), write=4, alternates="some.jsonl")
+
+
+def test_a_model_writes_the_same_alternatives_again():
+    first, again = (prepared("altpo", people([[], []]), write=3).drawn.rows["alternative"] for _ in range(2))
+    assert [row.ids for row in first] == [row.ids for row in again]
+    assert len(first) >= 2
 
 
 def test_undial_moves_adapters_unless_a_scope_is_given():
