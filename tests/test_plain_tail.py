@@ -114,6 +114,19 @@ def test_half_precision_runs_its_own_code(monkeypatch):
     assert tails(model, 0).plain is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi"])
+def test_tails_that_stand_one_place_too_late_are_told_from_rounding(name, dtype):
+    model = loud(name)
+    model.model.to(dtype)
+    right = tails(model, 0)
+    assert right._pass == right._tail
+    wrong = Tails(model, right.texts, AT, 0, READ)
+    wrong.positions = wrong.positions + 1
+    wrong.states(torch.zeros(3, 32))
+    assert wrong._pass == wrong._whole
+
+
 @pytest.mark.parametrize(("count", "others"), [(3, 2), (3, 0), (0, 2)])
 def test_what_is_told_is_what_autograd_makes_of_log_softmax(count, others):
     draw = torch.Generator().manual_seed(0)
