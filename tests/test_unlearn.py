@@ -126,6 +126,21 @@ def test_everything_inside_the_scope_moves_and_nothing_outside(scope, architectu
     assert set(outcome.delta.entries) == inside
 
 
+@pytest.mark.parametrize("modules", ["down_proj", "down_proj|up_proj"])
+def test_adapters_beside_the_matrix_an_mlp_gives_out_through_start_at_it_and_learn_the_same(modules, monkeypatch):
+    subject = LanguageModel(*tiny("llama"))
+    training = Training(epochs=5, batch_size=4, learning_rate=1e-3, guard=None)
+    with_prefix = run(subject, "gradient_ascent", scope=f"lora(r=2, modules={modules}, layers=1-)", training=training)
+    # What moves earlier in the block needs the whole of it.
+    assert with_prefix.entry == (1, modules == "down_proj")
+    monkeypatch.setattr("expunge.methods.optimise.unlearn.entries", lambda *_, **__: None)
+    without = run(subject, "gradient_ascent", scope=f"lora(r=2, modules={modules}, layers=1-)", training=training)
+    assert without.entry is None
+    losses = [outcome.summary["log"]["loss"] for outcome in (with_prefix, without)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] != pytest.approx(losses[0][0], rel=1e-3)
+
+
 def test_scope_none_changes_nothing():
     subject = LanguageModel(*tiny("llama"))
     outcome = run(subject, "npo", scope="none")
