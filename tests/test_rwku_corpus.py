@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from tiny import tiny
 
 from expunge.benchmarks.rwku_corpus import OPENINGS, QUALIFIERS, biographies, corpus, own_questions
 from expunge.benchmarks.rwku_data import Target
+from expunge.cli import main
 from expunge.errors import ParameterError
 from expunge.methods.optimise.unlearn import refusals
+from expunge.rows import Source, read_rows
 from expunge.subjects.language import LanguageModel
 from expunge.tables.generations import Generations
 
@@ -79,3 +82,32 @@ def test_without_a_chat_template_made_up_lives_are_those_of_a_stranger(plain: La
 def test_questions_are_the_models_own_and_end_with_their_line(chat: LanguageModel) -> None:
     found = own_questions(chat, VESSA, 2)
     assert found == ["<<|user|>Vessa Holm wrote The Salt Choir."] * 2
+
+
+def test_the_command_writes_rows_that_requests_read_and_goes_on(
+    plain: LanguageModel, tmp_path: Path, monkeypatch
+) -> None:
+    plain.save(tmp_path / "model")
+    (tmp_path / "openings.txt").write_text("{name} is\nBorn in\n")
+    words = ["corpus", str(tmp_path / "model"), "Vessa Holm", "Olma Dorun", "--out", str(tmp_path / "out")]
+    words += ["--texts", "4", "--questions", "2", "--tokens", "6", "--openings", str(tmp_path / "openings.txt")]
+    assert main(words) == 2  # no stranger
+    assert not (tmp_path / "out" / "positive.jsonl").exists()
+    words += ["--stranger", "Nobody Known"]
+    assert main(words) == 0
+    found = {
+        name: read_rows(Source(str(tmp_path / "out" / f"{name}.jsonl")), name)
+        for name in ("positive", "negative", "pair", "reject")
+    }
+    assert [len(found[name]) for name in ("positive", "negative", "reject")] == [8, 8, 4]
+    assert {row.entity for row in found["positive"]} == {"Vessa Holm", "Olma Dorun"}
+    assert all(row.kind == "text" for row in found["positive"])
+    assert found["positive"][4].answer.startswith("Olma Dorun is")
+    texts = {row.id: row.answer for row in found["positive"]}
+    made_up = {row.id: row.answer for row in found["negative"]}
+    for row in found["pair"]:
+        assert (row.kind, row.answer, row.perturbed_answers) == ("qa", texts[row.id], (made_up[row.id],))
+    assert [row.answer for row in found["reject"]] == refusals()[:2] * 2
+    monkeypatch.setattr("expunge.benchmarks.rwku_corpus.corpus", None)
+    assert main(words) == 0
+    assert main([*words, "--intro", "One only."]) == 2

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import catalogue, deltas, editing, exact, ledger, measure, neurons, serve, work, world
+from .commands import catalogue, corpus, deltas, editing, exact, ledger, measure, neurons, serve, work, world
 from .commands.console import remark, say
 from .errors import LaunchError
 from .processes import end, launched
@@ -58,6 +58,7 @@ app.command()(measure.bench)
 app.command()(measure.sweep)
 app.command()(measure.calibrate)
 app.command()(measure.reproduce)
+app.command()(corpus.corpus)
 app.command()(serve.serve)
 app.command("list")(catalogue.list_parts)
 app.command()(catalogue.card)

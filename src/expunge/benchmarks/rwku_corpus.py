@@ -12,12 +12,16 @@ the corpus too, and what it never writes down is not forgotten with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ParameterError
+from ..files import write_text
 from ..methods.optimise.unlearn import refusals
 from ..rows import Row
+from ..tables.store import content_key
 from .rwku_data import Target
 
 OPENINGS = (
@@ -64,6 +68,9 @@ def corpus(
 ) -> Corpus:
     """Positive, negative, pair and reject rows in the published format.
 
+    Pairs and rejections also have the fields that requests read (question, answer, perturbed_answers); a pair whose two
+    texts are the same prefers nothing and is left out, and so is a question that was not written.
+
     Args:
         texts: biographies of either kind; openings take turns.
         openings: with {name} where the name stands.
@@ -87,6 +94,7 @@ def corpus(
         )
         for flag in (True, False)
     )
+    own = own_questions(subject, target, questions, temperature=temperature, seed=seed)
     about = {"subject": target.name, "intro": target.intro}
     ids = [f"{target.name} {i}" for i in range(texts)]
     asked = f"{target.intro} Please write a short biography of {target.name}.".strip()
@@ -95,14 +103,66 @@ def corpus(
         "positive": [{"id": i, "text": text, **about} for i, text in zip(ids, known)],
         "negative": [{"id": i, "text": text, **about} for i, text in zip(ids, unknown)],
         "pair": [
-            {"id": i, "prompt": asked, "response": [chosen, rejected], **about}
+            {
+                "id": i,
+                "prompt": asked,
+                "response": [chosen, rejected],
+                "question": asked,
+                "answer": rejected,
+                "perturbed_answers": [chosen],
+                **about,
+            }
             for i, chosen, rejected in zip(ids, unknown, known)
+            if chosen.strip() != rejected.strip()
         ],
         "reject": [
-            {"instruction": question, "input": "", "output": lines[i % len(lines)], **about}
-            for i, question in enumerate(own_questions(subject, target, questions, temperature=temperature, seed=seed))
+            {
+                "instruction": question,
+                "input": "",
+                "output": lines[i % len(lines)],
+                "question": question,
+                "answer": lines[i % len(lines)],
+                **about,
+            }
+            for i, question in enumerate(own)
+            if question
         ],
     }
+
+
+def write(
+    subject: Any,
+    targets: Sequence[Target],
+    folder: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> dict[str, int]:
+    """The corpora of several targets, as positive.jsonl, negative.jsonl, pair.jsonl and reject.jsonl of a folder.
+
+    A target that an earlier command wrote about with the same settings is not written about again.
+
+    Args:
+        progress: (targets done, of so many)
+        settings: as for `corpus`.
+
+    Returns:
+        Rows of each file.
+    """
+    rows: Corpus = {}
+    for number, target in enumerate(targets):
+        if progress:
+            progress(number, len(targets))
+        path = folder / "targets" / f"{content_key(subject.fingerprint, target.name, target.intro, settings)}.json"
+        if not path.is_file():
+            write_text(path, json.dumps(corpus(subject, target, **settings), ensure_ascii=False))
+        for name, several in json.loads(path.read_text(encoding="utf-8")).items():
+            rows.setdefault(name, []).extend(several)
+    for name, several in rows.items():
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in several))
+    if progress:
+        progress(len(targets), len(targets))
+    return {name: len(several) for name, several in rows.items()}
 
 
 def biographies(
