@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expunge.errors import RowError
-from expunge.rows import Row, Source, fingerprint, read_rows
+from expunge.rows import Row, Source, asked_for, fingerprint, read_rows
 
 RECORDS = [
     {"id": "a", "question": "where?", "answer": "Tivin", "entity": "Ilva", "perturbed_answers": ["Carth", "Orsk"]},
@@ -241,3 +241,21 @@ def test_an_empty_cell_of_a_mapped_column_is_a_missing_value(tmp_path):
     (tmp_path / "r.csv").write_text("question,answer,who\nq,a,Ilva\nr,b,\n")
     rows = read(tmp_path / "r.csv", fields={"entity": "who"})
     assert [row.entity for row in rows] == ["Ilva", "forget/2"]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        (Row("a", "Vessa was born in Tivin.", kind="text"), "Vessa was ", "born in Tivin."),
+        (Row("a", "Vessa was born in Tivin.", kind="text", value="Tivin"), "Vessa was born in ", "Tivin."),
+        (Row("a", "Vessa was born in Tivin.", kind="text", value="Vessa"), "Vessa was ", "born in Tivin."),
+        (Row("a", "One.\n\nTwo.", kind="text"), "One.\n\n", "Two."),
+        (Row("a", "Tivin", kind="text"), "", "Tivin"),
+        (Row("a", "in Tivin.", "Vessa was born ", kind="text"), "Vessa was born ", "in Tivin."),
+        (Row("a", "in Tivin.", "Where?"), "Where?", "in Tivin."),
+    ],
+)
+def test_of_running_text_the_audit_asks_for_what_follows_its_beginning(row, prompt, answer):
+    (made,) = asked_for([row])
+    assert (made.prompt, made.answer) == (prompt, answer)
+    assert (made is row) == (row.prompt == prompt)

@@ -72,6 +72,23 @@ def test_an_edit_runs_to_its_report_and_tells_its_phases(tiny_world, ledger, tmp
     assert Delta.load(tmp_path / "run" / "delta").result == evidence.models[1]["fingerprint"]
 
 
+def test_running_text_is_asked_for_from_its_beginning(tiny_world, ledger, tmp_path):
+    known = read_data(load(tiny_world.request))["forget"]
+    path = tmp_path / "texts.jsonl"
+    lines = [{"text": f"{row.prompt} {row.answer}", "value": row.value, "entity": row.entity} for row in known]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    changes = {
+        "data.forget": str(path),
+        "audit.attacks": ["direct"],
+        "audit.metrics": ["loss"],
+        "audit.self_test": False,
+    }
+    evidence = run(load(tiny_world.request, {**QUICK, **changes}), out=tmp_path / "run", ledger=ledger)
+    (direct,) = [probe for probe in evidence.probes if probe.attack == "direct"]
+    assert 0 <= direct.after <= 1
+    assert any("running text" in warning for warning in evidence.warnings)
+
+
 def test_nothing_personal_reaches_the_ledger(request_, ledger, tmp_path):
     run(request_, out=tmp_path / "run", ledger=ledger)
     raw = (tmp_path / "ledger.sqlite").read_bytes()

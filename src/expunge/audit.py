@@ -15,7 +15,7 @@ from .errors import MismatchError, RequestError
 from .evidence import Evidence, Judged, ProbeRun, Routing, SelfTest, Verdict
 from .inference import Rule
 from .metrics.measure import Asked, measure_all, more_tables
-from .rows import Row
+from .rows import Row, asked_for
 from .tables.passes import Store, ask_all, longest_answer
 from .tables.view import View
 from .verdict import Judgement, Rules, Runs, auc, decide, judge, null
@@ -77,7 +77,8 @@ def audit(
         after: the model under suspicion: any subject that answers, or a guard around one.
         before: the model that knew; without it full recall counts as 1 and nothing can be called a side effect.
         golds: models trained without the forget rows, one per seed.
-        data: row sets by name; `forget` is needed, `retain`, `neighbour`, `holdout`, `general` are used where given.
+        data: row sets by name; `forget` is needed, `retain`, `neighbour`, `holdout`, `general` are used where given. Of
+            running text the second half is asked for, given the first.
         folder: where tables are kept (`folder/tables`); what is there is not computed again.
         attacks: (name, settings); those of `STANDARD` that serve the model, at the budget of `proof`, by default.
         rules_of_inference: how relations compose; what follows of the forgotten from what is kept is listed.
@@ -92,7 +93,7 @@ def audit(
     if not data.get("forget"):
         raise RequestError("nothing to judge: the request has no knowledge queries (0 forget rows)")
     comparable(after, [m for m in (before, *golds) if m is not None])
-    data = {name: rows for name, rows in data.items() if rows}
+    data = {name: asked_for(rows) for name, rows in data.items() if rows}
     for room, named in (("attacks", attacks), ("metrics", metrics)):
         for one in named or ():
             registry.check_serves(registry.get(room, one if isinstance(one, str) else one[0]), after)

@@ -80,12 +80,13 @@ def one(
     """
     from .methods.optimise.loop import fit
     from .request import read_data
+    from .rows import asked_for
     from .run import load_subject
     from .subjects.rounding import round_to_nearest
     from .tables.passes import Store
 
     made = load(request, fields)
-    data = read_data(made)
+    data = {name: asked_for(rows) for name, rows in read_data(made).items()}
     subject = load_subject(made, model)
     golds = [load_subject(made, path) for path in made.gold if path != model]
     host = subject if model == made.model else load_subject(made)

@@ -39,7 +39,7 @@ from .methods.optimise.unlearn import recipe_of, set_up
 from .metrics.measure import Asked, more_tables
 from .registry import Part
 from .request import Request, check, named, read_data
-from .rows import Row
+from .rows import Row, asked_for
 from .subjects.differences import Moved
 from .subjects.gradients import could_go_together
 from .subjects.image import ImageClassifier
@@ -99,7 +99,7 @@ def plan(request: Request) -> Plan:
         scope=str(request.scope or "the method's own"),
         audit=passes(
             subject,
-            data,
+            {name: asked_for(rows) for name, rows in data.items()},
             attacks,
             models=2 + len(request.gold),
             metrics=None if request.audit.metrics is None else named(request.audit.metrics),

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from . import registry
 from .cards import SubjectCard
 from .errors import RequestError, RowError, suggest
-from .rows import SUFFIXES, GivenTwice, Row, Source, read_rows, shown, unique
+from .rows import SUFFIXES, GivenTwice, Row, Source, asked_for, read_rows, shown, unique
 from .subjects.opening import kind_of
 
 SETS = ("forget", "retain", "holdout", "neighbour", "general", "safety", "earlier")
@@ -470,4 +470,9 @@ def warnings(data: Mapping[str, list[Row]]) -> list[str]:
         )
     if "retain" not in data:
         found.append("There are no retain rows: what was hurt cannot be told.")
+    if texts := sum(one is not row for one, row in zip(asked_for(data["forget"]), data["forget"])):
+        found.append(
+            f"{texts} forget rows are running text, which asks nothing: the audit gives their beginnings and asks for "
+            "the rest."
+        )
     return found

@@ -120,6 +120,21 @@ class Source:
     """No rows whose columns all have these values."""
 
 
+def asked_for(rows: Sequence[Any]) -> list[Any]:
+    """Rows as an audit asks for them: of running text, which has no question, what follows its first half, or its
+    value where it says one, given what stands before. A text of one word stays as it is, and so do other rows."""
+    return [_begun(row) if isinstance(row, Row) and row.kind == "text" and not row.prompt else row for row in rows]
+
+
+def _begun(row: Row) -> Row:
+    text = row.answer
+    at = text.find(row.value) if row.value else -1
+    if at < 0 or not text[:at].strip():
+        cuts = [found.end() for found in re.finditer(r"\S\s+(?=\S)", text)]
+        at = min(cuts, key=lambda cut: abs(cut - len(text) / 2), default=0)
+    return replace(row, prompt=text[:at], answer=text[at:]) if at else row
+
+
 def read_rows(source: Source, name: str) -> list[Row]:
     """All rows of a set, in order; nothing is dropped or cut.
 
