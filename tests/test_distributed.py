@@ -35,7 +35,7 @@ from expunge.request import load
 from expunge.rows import Row
 from expunge.run import run
 from expunge.subjects import decoding
-from expunge.subjects.entering import stored
+from expunge.subjects.entering import Start, stored
 from expunge.subjects.language import LanguageModel
 
 CASES = {
@@ -124,7 +124,9 @@ def tables(subject, *, parts=False):
         "variance": scores.variance,
         "texts": [greedy.texts, sampled.texts, greedy.stopped, sampled.stopped],
         "hidden": subject.hidden([text for _, text in prompts]).numpy(),
-        "entries": torch.cat([states for (states,) in stored(subject, [item for _, item in encoded], 1)]).numpy(),
+        "entries": torch.cat(
+            [states for (states,) in stored(subject, [item for _, item in encoded], Start(1, inside=False))]
+        ).numpy(),
     }
 
 

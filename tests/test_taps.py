@@ -6,7 +6,7 @@ from tiny import ARCHITECTURES, tiny
 
 from expunge.errors import SubjectError
 from expunge.rows import Row
-from expunge.subjects.entering import laid, stored
+from expunge.subjects.entering import Start, laid, stored
 from expunge.subjects.language import LanguageModel
 from expunge.subjects.packed import pack
 from expunge.subjects.protocol import Taps
@@ -23,7 +23,7 @@ def encoded(subject, count=4):
 
 
 def entry(subject, pack_, layer, inside=False):
-    return laid(layer, stored(subject, pack_.rows, layer, inside=inside), pack_)
+    return laid(layer, stored(subject, pack_.rows, Start(layer, inside)), pack_)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
