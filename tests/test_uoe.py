@@ -430,7 +430,7 @@ def test_the_prefix_below_the_expert_runs_once(monkeypatch):
     assert subject.can_enter
     stored = []
     original = loop.stored
-    monkeypatch.setattr(loop, "stored", lambda *a, **k: stored.append(a[2]) or original(*a, **k))
+    monkeypatch.setattr(loop, "stored", lambda *a, **k: stored.append(a[2].layer) or original(*a, **k))
     outcome = run(subject, replace(TRAINING, steps=8), objective="npo", **ANY)
     (taken,) = outcome.summary["prepared"]["experts"]
     assert taken["block"] > 0
