@@ -10,12 +10,12 @@ from tiny import tiny
 from expunge.errors import MismatchError
 from expunge.metrics.measure import values
 from expunge.rows import Row
-from expunge.subjects.divergence import jensen_shannon
+from expunge.subjects.distances import jensen_shannon
 from expunge.subjects.fresh import buildable, fresh
 from expunge.subjects.image import ImageClassifier
 from expunge.subjects.language import LanguageModel
-from expunge.tables.divergences import Divergences
-from expunge.tables.passes import Compare, Store, ask_all, run
+from expunge.tables.distances import Distances
+from expunge.tables.passes import Apart, Store, ask_all, run
 from expunge.tables.view import NotApplicable, View
 from expunge.world.pictures.draw import digits
 from expunge.world.pictures.models import Recipe, untrained
@@ -45,7 +45,7 @@ def test_divergences_by_hand():
 
 def test_zrf_is_one_for_the_untrained_network_and_less_for_others(network, pictures):
     def seen(model):
-        (table,) = run(model, [Compare(tuple(pictures), fresh(network, 0))])
+        (table,) = run(model, [Apart(tuple(pictures), fresh(network, 0))])
         return values("zrf", View({"forget": pictures}, divergences={"forget": table}))
 
     pixels = torch.stack([network.encode(row).pixels for row in pictures])
@@ -63,9 +63,9 @@ def test_an_audits_passes_compare_with_one_untrained_network():
     subject = LanguageModel(*tiny("llama"))
     data = {"forget": [Row(id=str(i), prompt=f"where was {i} born?", answer="Tivin") for i in range(3)]}
     view = ask_all(subject, data, 0, more=["divergences"])
-    (table,) = run(subject, [Compare(tuple(data["forget"]), fresh(subject, 0))])
-    assert np.array_equal(view.divergences["forget"].value, table.value)
-    assert values("zrf", view).value == pytest.approx(1 - float(table.value.mean()))
+    (table,) = run(subject, [Apart(tuple(data["forget"]), fresh(subject, 0))])
+    assert np.array_equal(view.divergences["forget"].jensen_shannon, table.jensen_shannon)
+    assert values("zrf", view).value == pytest.approx(1 - float(table.jensen_shannon.mean()))
     with pytest.raises(NotApplicable, match="no divergences of forget rows"):
         values("zrf", ask_all(subject, data, 0))
 
@@ -74,26 +74,26 @@ def test_answers_of_several_tokens_count_by_their_mean_and_tables_are_kept(tmp_p
     subject = LanguageModel(*tiny("llama"))
     other = fresh(subject, 7)
     rows = tuple(Row(id=str(i), prompt=f"where was {i} born?", answer="Tivin" + " Carth" * i) for i in range(4))
-    (table,) = run(subject, [Compare(rows, other)], Store(tmp_path))
+    (table,) = run(subject, [Apart(rows, other)], Store(tmp_path))
     for i, row in enumerate(rows):
         encoded = subject.encode(row)
         ids = torch.tensor([encoded.ids])
         with torch.no_grad():
             logits = [m.model(ids).logits[0, encoded.start - 1 : -1].float() for m in (subject, other)]
-        assert table.value[i] == pytest.approx(float(jensen_shannon(*logits).mean()), rel=1e-3)
-    (kept,) = run(subject, [Compare(rows, other)], Store(tmp_path))
+        assert table.jensen_shannon[i] == pytest.approx(float(jensen_shannon(*logits).mean()), rel=1e-3)
+    (kept,) = run(subject, [Apart(rows, other)], Store(tmp_path))
     assert kept.keys == table.keys
-    assert np.array_equal(kept.value, table.value)
+    assert np.array_equal(kept.jensen_shannon, table.jensen_shannon)
     assert len(list(tmp_path.iterdir())) == 1
-    run(subject, [Compare(rows, fresh(subject, 8))], Store(tmp_path))
+    run(subject, [Apart(rows, fresh(subject, 8))], Store(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
-    assert isinstance(kept, Divergences)
+    assert isinstance(kept, Distances)
 
 
 def test_models_of_other_classes_cannot_be_compared(network, pictures):
     few = untrained(CLASSES[:4], Recipe(side=8, widths=(4, 8)), 0)
     with pytest.raises(MismatchError, match=r"10 classes or tokens, .* from 4"):
-        run(network, [Compare(tuple(pictures), few)])
+        run(network, [Apart(tuple(pictures), few)])
     bare = ImageClassifier(
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10)), CLASSES, network.processor
     )

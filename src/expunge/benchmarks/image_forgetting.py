@@ -22,8 +22,8 @@ from ..pictures import Picture, chosen, read_pictures, write_folder
 from ..registry import benchmark
 from ..rows import Source
 from ..subjects.fresh import buildable, fresh
-from ..tables.divergences import Divergences
-from ..tables.passes import Compare, Score
+from ..tables.distances import Distances
+from ..tables.passes import Apart, Score
 from ..tables.scores import Scores
 from ..world.facts import World
 from .case import Bench
@@ -71,7 +71,7 @@ def image_forgetting(bench: Bench) -> Scorecard:
     found = {role: measure(table, rows) for role, table in tables.items()}
     if untrained is not None:
         for role in bench.models:
-            (table,) = bench.ask(role, [Compare(tuple(asked), untrained)])  # type: ignore[arg-type]
+            (table,) = bench.ask(role, [Apart(tuple(asked), untrained)])  # type: ignore[arg-type]
             found[role]["zrf"] = zrf(table)
     scores: list[Measured] = []
     about = {
@@ -147,9 +147,9 @@ def measure(tables: dict[str, Scores], rows: dict[str, list[Picture]]) -> dict[s
     }
 
 
-def zrf(table: Divergences) -> np.ndarray:
+def zrf(table: Distances) -> np.ndarray:
     """(rows,) the metric `zrf` of single rows."""
-    return 1 - table.value.astype(np.float64)
+    return 1 - table.jensen_shannon.astype(np.float64)
 
 
 def members(seen: np.ndarray, unseen: np.ndarray, asked: np.ndarray, kind: str) -> np.ndarray:

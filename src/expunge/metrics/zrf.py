@@ -25,4 +25,4 @@ def zrf(view: View, *, rows: str = "forget") -> Values:
     The authors' code takes natural logarithms and divides by the number of classes as well, so that its scores stand
     close to 1: they cannot be compared with these.
     """
-    return averages(rows, view.of(rows), 1 - view.table("divergences", rows).value.astype(float))
+    return averages(rows, view.of(rows), 1 - view.table("divergences", rows).jensen_shannon.astype(float))

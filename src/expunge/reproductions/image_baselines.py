@@ -15,7 +15,7 @@ from ..pictures import Picture
 from ..registry import reproduction
 from ..subjects.fresh import fresh
 from ..subjects.image import ImageClassifier
-from ..tables.passes import Compare, run
+from ..tables.passes import Apart, run
 from ..world.pictures.draw import digits
 from ..world.pictures.models import Recipe, untrained
 from .case import Case, Claim, Findings, number, spread
@@ -103,7 +103,7 @@ def trial(seed: int, kind: str) -> dict[str, Any]:
 
     def measured(subject: ImageClassifier, seconds: float) -> dict[str, float]:
         each = measure({name: score(subject, some) for name, some in rows.items()}, rows)
-        (table,) = run(subject, [Compare(tuple(rows["test_forget"] or rows["forget"]), blank)])  # type: ignore[arg-type]
+        (table,) = run(subject, [Apart(tuple(rows["test_forget"] or rows["forget"]), blank)])  # type: ignore[arg-type]
         return {**{name: float(values.mean()) for name, values in each.items()}, "zrf": float(zrf(table).mean())} | {
             "seconds": seconds
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from ..errors import MismatchError
 from ..tables.distances import NUMBERS, Distances
 from ..tables.scores import Key
-from .divergence import jensen_shannon
 from .packed import LOGIT_ELEMENTS, TOKEN_BUDGET, Encoded, batches, in_order, pack
+from .protocol import innermost
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def distances(subject: Any, other: Any, items: Sequence[tuple[Key, Encoded]], *,
     Raises:
         MismatchError: the models have other vocabularies.
     """
+    subject, other = innermost(subject), innermost(other)
     if subject.vocabulary != other.vocabulary:
         raise MismatchError(
             f"{subject.name} answers from {subject.vocabulary} classes or tokens, {other.name} from {other.vocabulary}"
@@ -54,3 +56,10 @@ def apart(first: Tensor, second: Tensor) -> Tensor:
     kl = (q.exp() * (q - p)).sum(-1)
     differ = first.argmax(-1) != second.argmax(-1)
     return torch.stack([variation, jensen_shannon(first, second), kl, differ.float()], -1)
+
+
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    """(n,) (KL(p || m) + KL(q || m)) / 2 in bits, m = (p + q) / 2, of logits (n, V): 0 alike, 1 nothing in common."""
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / (2 * math.log(2))

@@ -19,14 +19,12 @@ import torch
 from .. import processes
 from ..rows import Row
 from ..subjects.distances import distances
-from ..subjects.divergence import divergences
 from ..subjects.fresh import buildable, fresh
 from ..subjects.language import LanguageModel
 from ..subjects.packed import Encoded, batches, in_order, pack
 from ..subjects.patching import fact
 from ..subjects.protocol import asked, innermost
 from .distances import Distances
-from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
 from .patched import Patched
@@ -111,15 +109,6 @@ class Continue:
 
 
 @dataclass(frozen=True)
-class Compare:
-    """How differently the model and another one answer rows: answered by `Divergences`."""
-
-    rows: tuple[Row, ...]
-    other: Any
-    """A subject."""
-
-
-@dataclass(frozen=True)
 class Apart:
     """How far the model's predictions of rows' answers are from another one's: answered by `Distances`."""
 
@@ -128,7 +117,7 @@ class Apart:
     """A subject."""
 
 
-Ask = Generate | Score | Hidden | Features | Route | Pull | Patch | Continue | Compare | Apart
+Ask = Generate | Score | Hidden | Features | Route | Pull | Patch | Continue | Apart
 
 
 class Store:
@@ -307,7 +296,7 @@ def everything(
         asks["continuations", "forget"] = Continue(tuple(forget), SHORTEST)
     if forget and "divergences" in more and buildable(innermost(subject)):
         # One network for all models of a kind: it is decided by their architecture.
-        asks["divergences", "forget"] = Compare(tuple(forget), fresh(innermost(subject), 0))
+        asks["divergences", "forget"] = Apart(tuple(forget), fresh(innermost(subject), 0))
     if forget and "distances" in more and innermost(subject) is subject:
         for name, gold in (golds or {}).items():
             if gold is not subject:
@@ -396,7 +385,6 @@ _READ: dict[type, Callable[[Any, Any, Items, Progress | None], Any]] = {
     Route: lambda subject, _, items, progress: subject.routes(items, progress=progress),
     Pull: lambda subject, _, items, progress: subject.gradients(items, progress=progress),
     Patch: lambda subject, host, items, progress: subject.patched_into(host, items, progress=progress),
-    Compare: lambda subject, other, items, progress: divergences(subject, other, items, progress=progress),
     Apart: lambda subject, other, items, progress: distances(subject, other, items, progress=progress),
     Continue: lambda subject, shortest, items, progress: subject.continuations(items, shortest, progress=progress),
 }
@@ -415,7 +403,7 @@ def _other_scores(
 
 def _setting(ask: Ask) -> Any:
     """What asks of one kind must have in common to be answered together."""
-    if isinstance(ask, Patch | Compare | Apart):
+    if isinstance(ask, Patch | Apart):
         return ask.host if isinstance(ask, Patch) else ask.other
     return ask.shortest if isinstance(ask, Continue) else None
 
@@ -426,7 +414,7 @@ def _content(subject: Any, ask: Ask) -> list[tuple[tuple[str, str], Encoded]]:
         return [(key, subject.encode(row, answer=answer, prompt=q)) for key, row, answer, q in ask.items]
     if isinstance(ask, Patch):
         return [((row.id, "fact"), fact(innermost(ask.host), row)) for row in ask.rows]
-    assert isinstance(ask, Features | Route | Pull | Continue | Compare | Apart)
+    assert isinstance(ask, Features | Route | Pull | Continue | Apart)
     encoded = [((row.id, "answer"), subject.encode(row)) for row in ask.rows]
     if isinstance(ask, Continue):
         return [(key, item) for key, item in encoded if item.scored - item.closing > ask.shortest]
@@ -478,7 +466,7 @@ def _name(subject: Any, ask: Ask) -> str | None:
         content = [[row.id, subject.prompt_text(row), row.answer, row.kind] for row in ask.rows]
     if isinstance(ask, Patch):
         settings = [ask.host.fingerprint, [row.value for row in ask.rows]]
-    if isinstance(ask, Compare | Apart):
+    if isinstance(ask, Apart):
         settings = [ask.other.fingerprint]
     if isinstance(ask, Continue):
         settings = [ask.shortest]
@@ -493,7 +481,6 @@ _TABLES: dict[str, Any] = {
     "pull": Gradients,
     "patch": Patched,
     "continue": Continuations,
-    "compare": Divergences,
     "apart": Distances,
 }
 

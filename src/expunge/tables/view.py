@@ -11,7 +11,6 @@ import numpy as np
 from ..errors import TableError
 from ..rows import Row
 from .distances import Distances
-from .divergences import Divergences
 from .generations import Generations
 from .gradients import Gradients
 from .patched import Patched
@@ -50,7 +49,7 @@ class View:
     patched: Mapping[str, Patched] = field(default_factory=dict)
     """What the model before says with this model's states in it."""
     continuations: Mapping[str, Continuations] = field(default_factory=dict)
-    divergences: Mapping[str, Divergences] = field(default_factory=dict)
+    divergences: Mapping[str, Distances] = field(default_factory=dict)
     """From an untrained network of the model's kind."""
     distances: Mapping[str, Mapping[str, Distances]] = field(default_factory=dict)
     """From gold models, by their names: tables by row set."""
