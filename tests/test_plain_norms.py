@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_plain_pass import adapted, doubled, shaped
-from tiny import ARCHITECTURES, loud
+from test_plain_pass import adapted, doubled
+from tiny import ARCHITECTURES, loud, shaped
 
 from expunge.subjects import gradients, plain_norms
 from expunge.subjects.packed import Encoded

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from tiny import ARCHITECTURES, loud
+from tiny import ARCHITECTURES, loud, shaped
 
 from expunge.subjects import plain_pass
 from expunge.subjects.contexts import read
@@ -13,17 +12,6 @@ from expunge.subjects.packed import Encoded, pack
 from expunge.tables.scores import COLUMNS
 
 PLAIN = {"llama", "qwen2", "mistral"}
-
-
-def shaped(monkeypatch, name, **settings):
-    kind, known = tiny.CONFIGS[name]
-    monkeypatch.setitem(tiny.CONFIGS, name, (kind, {**known, **settings}))
-    model = loud(name)
-    with torch.no_grad():  # norms and biases that do something
-        for p in model.model.parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    return model
 
 
 def rows():

@@ -1,9 +1,8 @@
 """Blocks of the common kind as one function: states and gradients of the models' own code, or it is not taken."""
 
 import pytest
-import tiny
 import torch
-from tiny import loud
+from tiny import loud, shaped
 from torch.utils.flop_counter import FlopCounterMode
 
 from expunge.methods.edit.told import told
@@ -23,14 +22,7 @@ def tails(model, layer, read=READ):
 
 
 def deep(monkeypatch, name, **settings):
-    kind, known = tiny.CONFIGS[name]
-    monkeypatch.setitem(tiny.CONFIGS, name, (kind, {**known, "num_hidden_layers": 4, **settings}))
-    model = loud(name)
-    with torch.no_grad():  # norms and biases that do something
-        for p in model.model.parameters():
-            if p.dim() == 1:
-                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    return model
+    return shaped(monkeypatch, name, num_hidden_layers=4, **settings)
 
 
 # Without a block above, with one, with two, and with one between the first and the last.

@@ -129,6 +129,18 @@ def loud(architecture: str = "llama") -> Any:
     return made
 
 
+def shaped(monkeypatch: Any, architecture: str, **settings: Any) -> Any:
+    """A loud subject of another configuration, whose norms and biases do something."""
+    kind, known = CONFIGS[architecture]
+    monkeypatch.setitem(CONFIGS, architecture, (kind, {**known, **settings}))
+    made = loud(architecture)
+    with torch.no_grad():
+        for p in made.model.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return made
+
+
 def logits(model: Any, text: str = "where was Ilva born?") -> torch.Tensor:
     """(1, T, V) by the model's own code."""
     ids = torch.tensor([model.prompt_ids(text, ("a", "b"))])
