@@ -425,7 +425,7 @@ def _tree(continuations: Sequence[tuple[int, ...]]) -> tuple[list[_Branch], list
     while open_:
         group, depth, parent = open_.pop()
         first, last = continuations[group[0]], continuations[group[-1]]
-        common = next((i for i, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), min(len(first), len(last)))
+        common = same_start(first, last)
         if common > depth:
             branches.append(_Branch(group[0], depth, common, parent))
             parent = len(branches)
@@ -446,6 +446,11 @@ def _apart(continuations: Sequence[tuple[int, ...]]) -> tuple[list[_Branch], lis
     return branches, [numbers.get(row, 0) for row in range(len(continuations))]
 
 
+def same_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
 def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all prompts have in common, their last ones left out; 0 where that is not many."""
     if len(prompts) < 2:
@@ -453,7 +458,7 @@ def common_beginning(prompts: Sequence[tuple[int, ...]]) -> int:
     low, high = min(prompts), max(prompts)
     # Every prompt keeps at least one token of its own: its last token's state is what predicts the answer.
     limit = min(len(prompt) for prompt in prompts) - 1
-    common = next((i for i in range(min(limit, len(low), len(high))) if low[i] != high[i]), limit)
+    common = min(same_start(low, high), limit)
     return common if common >= SHARED_BEGINNING else 0
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from ... import processes
 from ...subjects.language import LanguageModel
-from ...subjects.packed import Encoded
+from ...subjects.packed import Encoded, same_start
 from ...subjects.side_by_side import Twins, at_once
 
 R = TypeVar("R")
@@ -29,22 +30,27 @@ PRODUCTS = 1 << 26
 
 
 class Halves:
-    """Two twins of the model in training."""
+    """Two twins of the model in training, made when a step first needs them."""
 
-    def __init__(self, twins: Twins, weights: int) -> None:
-        self.twins = twins
+    def __init__(self, subject: LanguageModel, weights: int) -> None:
+        self.subject = subject
         self.weights = weights
         """Of the blocks."""
+
+    @cached_property
+    def twins(self) -> Twins:
+        self.subject.settle()
+        return Twins(self.subject, 2)
 
     def of(self, rows: Sequence[Encoded]) -> list[list[int]]:
         """Places of the rows of either half, rows that begin alike next to one another; nothing where one pass is
         better."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].ids)
-        alike = [0, *(_common(rows[i].ids, rows[j].ids) for i, j in pairwise(order))]
-        before = [0, *accumulate(len(rows[i].ids) - same for i, same in zip(order, alike))]
+        shared = [0, *(same_start(rows[i].ids, rows[j].ids) for i, j in pairwise(order))]
+        before = [0, *accumulate(len(rows[i].ids) - same for i, same in zip(order, shared))]
         total = before[-1]
-        cuts = [cut for cut in range(1, len(rows)) if alike[cut] <= TWICE * total]
-        longer = {cut: max(before[cut], total - before[cut] + alike[cut]) for cut in cuts}
+        cuts = [cut for cut in range(1, len(rows)) if shared[cut] <= TWICE * total]
+        longer = {cut: max(before[cut], total - before[cut] + shared[cut]) for cut in cuts}
         cut = min(cuts, key=lambda cut: longer[cut], default=0)
         if not cut or longer[cut] > LONGER * total or self.weights * total < 2 * PRODUCTS:
             return []
@@ -61,12 +67,11 @@ def halves(subject: LanguageModel) -> Iterator[Halves | None]:
     if processes.count() > 1 or at_once(subject) < 2:
         yield None
         return
-    subject.settle()
     names = tuple(block.name + "." for block in subject.blocks)
     weights = sum(p.numel() for name, p in subject.model.named_parameters() if name.startswith(names))
-    with Twins(subject, 2) as twins:
-        yield Halves(twins, weights)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    made = Halves(subject, weights)
+    try:
+        yield made
+    finally:
+        if "twins" in vars(made):
+            made.twins.pool.shutdown()
